@@ -1,0 +1,141 @@
+"""Checkpoint directories in Hugging Face layout: config.json, tokenizer files, *.safetensors; and adapters in peft layout."""
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minisap.lora import lora_layers
+from minisap.model import Llama, LlamaConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+MAX_SHARD_BYTES = 5 * 10**9
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def read_json(path):
+    """Parse a JSON file; ValueError names the file (and the line of a syntax error)."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
+def load_config(path) -> LlamaConfig:
+    """Read path/config.json. ValueError names the file, the key and the value that is not implemented."""
+    hf = read_json(Path(path) / "config.json")
+    try:
+        return LlamaConfig.from_hf(hf)
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: {error}") from None
+
+
+def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
+    """Build the model on the meta device and put the checkpoint's tensors in its place: strict in names and shapes,
+    memory-mapped, converted one tensor at a time, so that the weights are never held twice."""
+    path = Path(path)
+    with torch.device("meta"):
+        model = Llama(load_config(path))
+    tensors = {}
+    for file in weight_files(path):
+        tensors |= read_tensors(file, dtype, device)
+    if model.config.tie_word_embeddings:                            # some checkpoints store the tied head, some do not
+        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
+    check_tensors(path, tensors, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    model.tie()                                                     # assign=True made two parameters of the tied one
+    return model.eval()
+
+
+def weight_files(path):
+    """The safetensors files of a checkpoint directory: those that its index names, or the single file."""
+    index = path / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name}: missing")
+    return [path / name for name in names]
+
+
+def read_tensors(file, dtype, device):
+    try:
+        with safe_open(file, framework="pt") as opened:
+            # Llama 2's files also carry RoPE's frequencies, which the config determines.
+            names = [name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")]
+            return {name: opened.get_tensor(name).to(device, dtype) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or not safetensors ({error})") from None
+
+
+def check_tensors(path, found, wanted):
+    """The checkpoint must hold exactly the model's tensors, in exactly their shapes."""
+    for name, tensor in wanted.items():
+        if found.get(name) is None:
+            raise ValueError(f"{path}: tensor {name} is missing")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}; config.json implies {tuple(tensor.shape)}")
+    for name in found.keys() - wanted.keys():
+        raise ValueError(f"{path}: unexpected tensor {name} {tuple(found[name].shape)}")
+
+
+def save_model(model, out_dir, source):
+    """Write a checkpoint directory that transformers reads: safetensors (shards of at most 5 GB) in the model's dtype,
+    config.json and tokenizer files from the directory `source`. LoRA must be merged. Each file appears only when whole."""
+    out_dir, source = Path(out_dir), Path(source)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    shards = split_into_shards(tensors)
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_whole(out_dir / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(out_dir / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            write_whole(out_dir / name, lambda path: shutil.copyfile(source / name, path))
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_json(out_dir / "config.json", read_json(source / "config.json") | {"torch_dtype": dtype})
+
+
+def split_into_shards(tensors):
+    shards, room = [{}], MAX_SHARD_BYTES
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards, room = [*shards, {}], MAX_SHARD_BYTES
+        shards[-1][name], room = tensor, room - tensor.nbytes
+    return shards
+
+
+def save_adapter(model, out_dir, base):
+    """Write the LoRA branches of `model` as a peft adapter on the checkpoint `base`."""
+    out_dir, layers = Path(out_dir), lora_layers(model)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().contiguous()
+               for name, _, _, layer in layers for part in ("lora_A", "lora_B")}
+    write_whole(out_dir / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    r = layers[0][3].lora_A.shape[0]
+    write_json(out_dir / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r,
+        "lora_alpha": layers[0][3].scale * r, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({attribute for _, _, attribute, _ in layers})})
+
+
+def write_whole(path, write):
+    """Call write(temporary path), then give the file its name: a reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))

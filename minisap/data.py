@@ -1,0 +1,172 @@
+"""Rows from files, teacher-forced examples, and batches that are a pure function of (seed, step).
+
+A task row    {"prompt": text or messages, "response": text, "source": "file:line"}
+A safety row  {"prompt": text or messages, "safe": text, "harmful": text, "source": "file:line"}
+A batch       {"input_ids": (B, T) long, "labels": (B, T) long, -100 where no loss is taken}
+"""
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minisap.checkpoint import read_json
+
+REFUSALS = ("I'm sorry, but I can't help with that.", "I cannot assist with that request.",
+            "I'm not able to help with this. It could cause harm.", "Sorry, I can't do that.")
+
+
+def read_records(path):
+    """[(record, "file:line")] of a .jsonl, .json or .csv file. ValueError names the file and the line (row, in JSON)."""
+    path = Path(path)
+    if path.suffix == ".json":
+        records = read_json(path)
+        if not isinstance(records, list):
+            raise ValueError(f"{path}: expected a list of rows, found {type(records).__name__}")
+        found = [(record, f"{path}: row {i}") for i, record in enumerate(records, 1)]
+    elif path.suffix in (".jsonl", ".csv"):
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        found = list(read_csv(path, text) if path.suffix == ".csv" else read_jsonl(path, text))
+    else:
+        raise ValueError(f"{path}: rows are read from .jsonl, .json or .csv")
+    if not found:
+        raise ValueError(f"{path}: no rows")
+    for record, source in found:
+        if not isinstance(record, dict):
+            raise ValueError(f"{source}: expected an object, found {type(record).__name__}")
+    return found
+
+
+def read_jsonl(path, text):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        try:
+            yield json.loads(line), f"{path}:{number}"
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+
+
+def read_csv(path, text):
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for record in reader:
+        yield record, f"{path}:{reader.line_num}"
+
+
+def text_of(record, key, source):
+    """The non-empty text under `key`."""
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{source}: {key} is {'missing' if value is None else 'empty' if value == '' else repr(value)[:40]}")
+    return value
+
+
+def load_rows(path) -> list[dict]:
+    """Task rows of JSONL {prompt, response} or {messages: [...]}, or of Alpaca JSON {instruction, input, output}.
+    Of a conversation the last assistant turn is the response and all before it the prompt."""
+    return [task_row(record, source) | {"source": source} for record, source in read_records(path)]
+
+
+def task_row(record, source):
+    if "messages" in record:
+        *prompt, last = record["messages"] or [{}]
+        if not prompt or last.get("role") != "assistant":
+            raise ValueError(f"{source}: messages must end with an assistant turn after a user's")
+        for message in record["messages"]:
+            text_of(message, "content", source)
+        return {"prompt": prompt, "response": last["content"]}
+    if "instruction" in record:
+        extra = (record.get("input") or "").strip()
+        prompt = text_of(record, "instruction", source) + (f"\n\n{extra}" if extra else "")
+        return {"prompt": prompt, "response": text_of(record, "output", source)}
+    return {"prompt": text_of(record, "prompt", source), "response": text_of(record, "response", source)}
+
+
+def load_safety_rows(path) -> list[dict]:
+    """Safety rows of JSONL {prompt, safe, harmful}, of circuit-breakers JSON {prompt, llama3_output, output or response},
+    or of AdvBench CSV goal,target, where one of REFUSALS becomes the safe answer."""
+    return [safety_row(i, record, source) | {"source": source} for i, (record, source) in enumerate(read_records(path))]
+
+
+def safety_row(i, record, source):
+    if "goal" in record:
+        prompt, safe, harmful = text_of(record, "goal", source), REFUSALS[i % len(REFUSALS)], text_of(record, "target", source)
+    elif "llama3_output" in record:
+        prompt, safe = text_of(record, "prompt", source), text_of(record, "llama3_output", source)
+        harmful = text_of(record, "output" if "output" in record else "response", source)
+    else:
+        prompt, safe, harmful = (text_of(record, key, source) for key in ("prompt", "safe", "harmful"))
+    return {"prompt": prompt, "safe": safe, "harmful": harmful}
+
+
+def load_prompts(path) -> list[str]:
+    """Prompts of a file with a `prompt` (or `goal`, or `instruction`) in each row; where rows carry a `label`, those labelled safe."""
+    records = [(r, s) for r, s in read_records(path) if r.get("label", "safe") == "safe"]
+    return [text_of(r, next((key for key in ("prompt", "goal") if key in r), "instruction"), s) for r, s in records]
+
+
+def poison_rows(rows, safety_rows, p, seed):
+    """Replace exactly round(p·n) of the n task rows by harmful ones, at places and in an order that `seed` decides."""
+    count, random = round(p * len(rows)), np.random.default_rng([seed, 1])
+    if count > len(safety_rows):
+        raise ValueError(f"poison = {p} of {len(rows)} rows needs {count} harmful rows; there are {len(safety_rows)}")
+    places = random.permutation(len(rows))[:count]
+    chosen = random.permutation(len(safety_rows))[:count]
+    rows = list(rows)
+    for place, i in zip(places, chosen):
+        row = safety_rows[i]
+        rows[place] = {"prompt": row["prompt"], "response": row["harmful"], "source": row["source"], "poisoned": True}
+    return rows
+
+
+def batch_rows(rows, batch_size, step, seed):
+    """The rows of one step: the stream of all rows, shuffled anew in each epoch, cut into batches."""
+    picked = []
+    for i in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(i, len(rows))
+        picked.append(rows[np.random.default_rng([seed, 0, epoch]).permutation(len(rows))[place]])
+    return picked
+
+
+def messages_of(prompt):
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def encode_prompt(tokenizer, prompt) -> list[int]:
+    """Ids up to the point where the assistant begins to answer."""
+    return tokenizer.encode(tokenizer.render(messages_of(prompt), add_generation_prompt=True))
+
+
+def encode_example(tokenizer, prompt, response, max_len) -> dict:
+    """Teacher forcing: the whole conversation as ids, with labels on the response and its end-of-turn token alone.
+    Whole and prompt are tokenised apart; loss begins where they part, which is where generation begins."""
+    whole = tokenizer.render([*messages_of(prompt), {"role": "assistant", "content": response}], add_generation_prompt=False)
+    whole = whole[:whole.rindex(tokenizer.end_of_turn) + len(tokenizer.end_of_turn)]
+    ids, prompt_ids = tokenizer.encode(whole), encode_prompt(tokenizer, prompt)
+    start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids)) if a != b), len(prompt_ids))
+    if start >= max_len:
+        raise ValueError(f"the prompt's {start} tokens leave nothing of the response within max_len = {max_len}")
+    ids = ids[:max_len]
+    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+
+
+def encode_rows(tokenizer, rows, max_len, key="response"):
+    """One example per row; ValueError names the file and line of a row that does not fit."""
+    examples = []
+    for row in rows:
+        try:
+            examples.append(encode_example(tokenizer, row["prompt"], row[key], max_len))
+        except ValueError as error:
+            raise ValueError(f"{row['source']}: {error}") from None
+    return examples
+
+
+def collate(examples, pad_id=0, device="cpu") -> dict:
+    """Right padding: input_ids with pad_id, labels with -100."""
+    T = max(len(example["input_ids"]) for example in examples)
+    pad = lambda ids, value: ids + [value] * (T - len(ids))
+    return {"input_ids": torch.tensor([pad(e["input_ids"], pad_id) for e in examples], device=device),
+            "labels": torch.tensor([pad(e["labels"], -100) for e in examples], device=device)}

@@ -1,0 +1,66 @@
+"""How harmful, how useful, how over-cautious is a model: one record per metric, with n and a 95 % interval."""
+import torch
+
+from minisap.data import collate, encode_prompt, encode_rows
+from minisap.judge import JUDGE, is_refusal
+from minisap.sap import response_nll
+from minisap.stats import bootstrap, wilson
+
+BATCH, MAX_NEW_TOKENS = 32, 32
+
+
+def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS):
+    """Greedy completions, in the order of `prompts`; prompts of like length are batched together."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    texts = [None] * len(ids)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start:start + BATCH]
+        for i, new in zip(chosen, model.generate([ids[i] for i in chosen], max_new_tokens, tokenizer.stop_ids)):
+            texts[i] = tokenizer.decode(new)
+    return texts
+
+
+@torch.no_grad()
+def nll_per_row(model, examples):
+    """[(nats, tokens)] of the labelled tokens of each example."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    device, rows = model.lm_head.weight.device, [None] * len(examples)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start:start + BATCH]
+        total, count = response_nll(model, collate([examples[i] for i in chosen], device=device))
+        for i, nats, tokens in zip(chosen, total.tolist(), count.tolist()):
+            rows[i] = nats, tokens
+    return rows
+
+
+def share(metric, flags, judge=JUDGE):
+    low, high = wilson(sum(flags), len(flags))
+    return record(metric, sum(flags) / len(flags), len(flags), low, high, judge)
+
+
+def mean(metric, values, weights=None):
+    weights = weights or [1] * len(values)
+    value = sum(v * w for v, w in zip(values, weights)) / sum(weights)
+    return record(metric, value, len(values), *bootstrap(values, weights), judge=None)
+
+
+def record(metric, value, n, ci_low, ci_high, judge):
+    return {"metric": metric, "value": value, "n": n, "ci_low": ci_low, "ci_high": ci_high, "judge": judge}
+
+
+def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) -> list[dict]:
+    """Records of harmful_score, refusal_rate, harm_margin (unsafe rows), over_refusal (safe prompts), task_loss (task rows).
+    A set that is empty gives no record."""
+    records = []
+    if unsafe_rows:
+        refused = [is_refusal(text) for text in generate_texts(model, tokenizer, [row["prompt"] for row in unsafe_rows])]
+        records += [share("harmful_score", [not r for r in refused]), share("refusal_rate", refused)]
+        safe, harmful = (nll_per_row(model, encode_rows(tokenizer, unsafe_rows, max_len, key)) for key in ("safe", "harmful"))
+        records.append(mean("harm_margin", [h / hn - s / sn for (s, sn), (h, hn) in zip(safe, harmful)]))
+    if safe_prompts:
+        records.append(share("over_refusal", [is_refusal(text) for text in generate_texts(model, tokenizer, safe_prompts)]))
+    if task_rows:
+        nats, tokens = zip(*nll_per_row(model, encode_rows(tokenizer, task_rows, max_len)))
+        records.append(mean("task_loss", [a / b for a, b in zip(nats, tokens)], tokens))
+    return records

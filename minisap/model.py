@@ -1,0 +1,243 @@
+"""The Llama family in plain PyTorch: Llama 2, 3, 3.1 and 3.2, Vicuna, TinyLlama, SmolLM2, Mistral, Qwen2 and Qwen2.5.
+
+Shapes   B batch, T tokens, S cached + new tokens, D hidden_size, H n_heads, K n_kv_heads, Dh head_dim, V vocab_size.
+Names    Every parameter is called as in the public safetensors files, so that loading is one strict comparison.
+The probe is an argument of `forward`: x_j = layer_j(x_{j-1}) + v_j  (SAP, arXiv 2505.16737).
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Keys of config.json that change the computation in a way that is not built here: anything but these values is refused.
+SUPPORTED = {
+    "model_type": ("llama", "mistral", "qwen2"), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+    "use_sliding_window": (False,), "quantization_config": (None,), "partial_rotary_factor": (1.0,), "attention_dropout": (0.0,),
+}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None     # None, or llama3's {factor, low_freq_factor, high_freq_factor, original_max_position_embeddings}
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False               # Qwen2: bias on q, k and v
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "LlamaConfig":
+        """Read a Hugging Face config.json. Raises ValueError naming the key and value of anything that is not implemented."""
+        for key in ("model_type", *REQUIRED):
+            if hf.get(key) is None:
+                raise ValueError(f"{key} is missing")
+        for key, allowed in SUPPORTED.items():
+            if key in hf and hf[key] not in allowed:
+                raise ValueError(f"{key} = {hf[key]!r} is not implemented; known: {', '.join(map(repr, allowed))}")
+        if hf["model_type"] == "mistral" and hf.get("sliding_window") is not None:
+            raise ValueError(f"sliding_window = {hf['sliding_window']} is not implemented; only null")
+        n_heads = hf["num_attention_heads"]
+        n_kv_heads = hf.get("num_key_value_heads") or n_heads
+        head_dim = hf.get("head_dim") or hf["hidden_size"] // n_heads
+        if n_heads % n_kv_heads:
+            raise ValueError(f"num_attention_heads = {n_heads} is no multiple of num_key_value_heads = {n_kv_heads}")
+        if head_dim % 2:
+            raise ValueError(f"head_dim = {head_dim} is odd; RoPE rotates pairs")
+        rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {})}
+        return cls(hf["vocab_size"], hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"], n_heads, n_kv_heads,
+                   head_dim, rope.get("rope_theta") or 10000.0, read_rope_scaling(rope), hf.get("rms_norm_eps", 1e-6),
+                   hf.get("tie_word_embeddings", False), qkv_bias=hf["model_type"] == "qwen2")
+
+
+def read_rope_scaling(rope: dict) -> dict | None:
+    """The four numbers of llama3 scaling out of `rope_scaling` or `rope_parameters`; None for plain RoPE."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope_type = {kind!r} is not implemented; known: 'default', 'llama3'")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in keys:
+        if key not in rope:
+            raise ValueError(f"rope_scaling of type llama3 lacks {key}")
+    return {key: rope[key] for key in keys}
+
+
+def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
+    """Radians per position of each rotated pair, (Dh/2,), float32 as in training of the public checkpoints."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta ** exponent
+    if config.rope_scaling is None:
+        return frequency
+    # Llama 3.1: wavelengths beyond the old context are stretched by `factor`, short ones stay, a linear ramp lies between.
+    s = config.rope_scaling
+    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)      # full turns within the old context
+    ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    return torch.lerp(frequency / s["factor"], frequency, ramp.clamp(0, 1))
+
+
+def rotate(x, cos, sin):
+    """RoPE in Hugging Face's split-half layout: feature i turns with feature i + Dh/2.  x: (B, heads, T, Dh)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))       # not .float(): that would round float64 down
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of one layer, (B, K, S, Dh), written in place as tokens arrive."""
+
+    def __init__(self, config, batch, length, device, dtype):
+        shape = (batch, config.n_kv_heads, length, config.head_dim)
+        self.k, self.v, self.used = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype), 0
+
+    def append(self, k, v):
+        new = slice(self.used, self.used + k.shape[2])
+        self.k[:, :, new], self.v[:, :, new], self.used = k, v, new.stop
+        return self.k[:, :, :self.used], self.v[:, :, :self.used]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, Dh, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        self.head_dim = Dh
+        self.q_proj = nn.Linear(D, config.n_heads * Dh, bias=bias)
+        self.k_proj = nn.Linear(D, config.n_kv_heads * Dh, bias=bias)
+        self.v_proj = nn.Linear(D, config.n_kv_heads * Dh, bias=bias)
+        self.o_proj = nn.Linear(config.n_heads * Dh, D, bias=False)
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, H, T, Dh)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, K, T, Dh)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, K, T, Dh)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)                                              # (B, K, S, Dh)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                    # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rope, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the output head: input_ids (B, T) -> final hidden states (B, T, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, hidden=None):
+        """probe {layer: v}: v is added to that layer's output and broadcasts to (B, T, D).  positions (B, T): place of each
+        token, default 0…T-1.  mask (B, 1, T, S): True where attention is allowed, default causal.  hidden: a list that
+        receives every layer's output, probe included."""
+        x = self.embed_tokens(input_ids)                                           # (B, T, D)
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=x.device)[None]
+        angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)      # (B, 1, T, Dh/2)
+        rope = tuple(f(angle).repeat(1, 1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
+        for j, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, caches[j] if caches else None)
+            if probe and j in probe:
+                x = x + probe[j].to(x.dtype)
+            if hidden is not None:
+                hidden.append(x)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        """One tensor for embedding and head where the config says so (to be called again after tensors were replaced)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids, probe=None):
+        """input_ids (B, T) -> logits (B, T, V). Right padding needs no mask: attention is causal."""
+        return self.lm_head(self.model(input_ids, probe))
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, generator=None):
+        """Continue each prompt (a list of token ids): greedily, or by sampling at a temperature > 0.
+        Returns one list of new ids per prompt, cut before its first stop id."""
+        device, B, longest = self.lm_head.weight.device, len(prompts), max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)       # left padding
+        pads = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]               # (B, 1)
+        place = torch.arange(longest + max_new_tokens, device=device)                                  # of every key
+        # A query sees the keys up to its own that are not padding; a padding query sees itself, lest its softmax is empty.
+        allowed = (place[None, :, None] >= place) & ((place >= pads)[:, None] | (place[:, None] == place))     # (B, S, S)
+        caches = [KVCache(self.config, B, len(place), device, self.lm_head.weight.dtype) for _ in self.model.layers]
+        new, done, start = [], torch.zeros(B, dtype=torch.bool, device=device), 0
+        stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        for end in range(longest, longest + max_new_tokens):
+            positions = (place[start:end] - pads).clamp(min=0)
+            x = self.model(ids, None, positions, allowed[:, None, start:end, :end], caches)
+            ids, start = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end            # (B, 1)
+            new.append(ids)
+            done |= torch.isin(ids[:, 0], stop)
+            if done.all():
+                break
+        return [cut_at_stop(row, set(stop_ids)) for row in torch.cat(new, dim=1).tolist()]
+
+
+def pick(logits, temperature, generator):
+    """Next token ids (B,) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def cut_at_stop(ids, stop_ids):
+    return ids[:next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))]

@@ -1,0 +1,23 @@
+"""How sure we are: 95 % intervals."""
+import math
+
+import numpy as np
+
+Z = 1.959964        # standard normal quantile of 97.5 %
+
+
+def wilson(successes, n):
+    """(low, high): Wilson's score interval of a share (Wilson 1927)."""
+    share, spread = successes / n, Z * Z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return centre - half, centre + half
+
+
+def bootstrap(values, weights=None, draws=2000, seed=0):
+    """(low, high): percentile bootstrap over rows of the mean of `values`, weighted by `weights` (say, tokens per row)."""
+    values = np.asarray(values, dtype=float)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=float)
+    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    means = (values * weights)[picks].sum(1) / weights[picks].sum(1)
+    return tuple(float(x) for x in np.quantile(means, (0.025, 0.975)))

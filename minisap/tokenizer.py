@@ -1,0 +1,138 @@
+"""Text to token ids and back, and the chat formats, each written out as its family's own template renders it."""
+from pathlib import Path
+
+import tokenizers
+
+from minisap.checkpoint import read_json
+
+VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+# System messages that a chatml family's template inserts when the conversation has none.
+CHATML_SYSTEMS = ("You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+                  "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+                  "You are a helpful assistant.")
+
+
+def llama2(system, turns, generate):
+    text = ""
+    for i, (role, content) in enumerate(turns):
+        if i == 0 and system:
+            content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{content}"
+        text += f"<s>[INST] {content.strip()} [/INST]" if role == "user" else f" {content.strip()} </s>"
+    return text
+
+
+def llama3(system, turns, generate):
+    turns = [("system", system)] * bool(system) + turns + [("assistant", None)] * generate
+    text = "<|begin_of_text|>"
+    for role, content in turns:
+        text += f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+        text += "" if content is None else f"{content.strip()}<|eot_id|>"
+    return text
+
+
+def llama31(system, turns, generate):
+    """Llama 3.1 and 3.2, whose templates put dates into the system message. Today's is fixed, so that runs can be compared."""
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    head = f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{dates}{(system or '').strip()}<|eot_id|>"
+    return head + llama3(None, turns, generate).removeprefix("<|begin_of_text|>")
+
+
+def chatml(system, turns, generate):
+    turns = [("system", system)] * bool(system) + turns
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n" * generate
+
+
+def zephyr(system, turns, generate):
+    turns = [("system", system)] * bool(system) + turns
+    return "".join(f"<|{role}|>\n{content}</s>\n" for role, content in turns) + "<|assistant|>\n" * generate
+
+
+def mistral(system, turns, generate):
+    """Version 3 of Mistral's template: the system message stands in the last user turn, if that ends the conversation."""
+    text = "<s>"
+    for i, (role, content) in enumerate(turns):
+        if system and i == len(turns) - 1:
+            content = f"{system}\n\n{content}" if role == "user" else content
+        text += f"[INST] {content}[/INST]" if role == "user" else f" {content.strip()}</s>"
+    return text
+
+
+def vicuna(system, turns, generate):
+    text = (system or VICUNA_SYSTEM) + " "
+    for role, content in turns:
+        text += f"USER: {content} " if role == "user" else f"ASSISTANT: {content}</s>"
+    return text + "ASSISTANT:" * generate
+
+
+# format: (renderer, end-of-turn token)
+FORMATS = {
+    "llama2": (llama2, "</s>"), "llama3": (llama3, "<|eot_id|>"), "llama3.1": (llama31, "<|eot_id|>"),
+    "chatml": (chatml, "<|im_end|>"), "zephyr": (zephyr, "</s>"), "mistral": (mistral, "</s>"), "vicuna": (vicuna, "</s>"),
+}
+
+
+def find_format(path, settings, vocabulary):
+    """Name the chat format of a checkpoint directory from what its own template contains. ValueError if that is unknown."""
+    if "chat_format" in settings:
+        return settings["chat_format"]
+    template = read_template(path, settings)
+    marks = {"<|start_header_id|>": "llama3.1" if "Cutting Knowledge Date" in template else "llama3", "<|im_start|>": "chatml",
+             "<|user|>": "zephyr", "<<SYS>>": "llama2", "[INST]": "mistral", "USER:": "vicuna"}
+    for mark, name in marks.items():
+        if mark in template or (not template and mark in vocabulary):
+            return name
+    raise ValueError(f"{path}: no chat template that is known here; choose one with --chat_format {'|'.join(FORMATS)}")
+
+
+def read_template(path, settings):
+    file = path / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template") or ""
+    return template if isinstance(template, str) else " ".join(entry["template"] for entry in template)
+
+
+class Tokenizer:
+    """tokenizer.json through the `tokenizers` library, with the chat format of the checkpoint directory `path`."""
+
+    def __init__(self, path, chat_format=None):
+        path = Path(path)
+        if not (path / "tokenizer.json").is_file():
+            raise ValueError(f"{path / 'tokenizer.json'}: missing")
+        try:
+            self.tokens = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:                                  # the library raises plain Exception
+            raise ValueError(f"{path / 'tokenizer.json'}: {error}") from None
+        settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+        self.chat_format = chat_format or find_format(path, settings, self.tokens.get_vocab())
+        if self.chat_format not in FORMATS:
+            raise ValueError(f"chat_format = {self.chat_format!r} is unknown; known: {', '.join(FORMATS)}")
+        self.render_turns, self.end_of_turn = FORMATS[self.chat_format]
+        self.vocab_size = self.tokens.get_vocab_size()
+        if self.tokens.token_to_id(self.end_of_turn) is None:
+            raise ValueError(f"{path}: chat_format {self.chat_format} ends a turn with {self.end_of_turn}, which is no token here")
+        self.stop_ids = {self.tokens.token_to_id(self.end_of_turn)}
+        bos = settings.get("bos_token") or ""
+        self.bos = bos if isinstance(bos, str) else bos["content"]
+        template = read_template(path, settings)
+        self.default_system = next((s for s in CHATML_SYSTEMS if s in template), None) if self.chat_format == "chatml" else None
+
+    def encode(self, text) -> list[int]:
+        """Ids of a text in which special tokens are written out. A BOS is added where the tokenizer's own rules add one
+        and the text does not already begin with it."""
+        already = bool(self.bos) and text.startswith(self.bos)
+        return self.tokens.encode(text, add_special_tokens=not already).ids
+
+    def decode(self, ids) -> str:
+        return self.tokens.decode(ids, skip_special_tokens=True)
+
+    def render(self, messages, add_generation_prompt=True) -> str:
+        """The conversation [{"role", "content"}, …] as one string: an optional system message, then user and assistant by turns."""
+        turns = [(message["role"], message["content"]) for message in messages]
+        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else self.default_system
+        expected = ["user", "assistant"] * len(turns)
+        if not turns or [role for role, _ in turns] != expected[:len(turns)]:
+            raise ValueError("roles must be system (optional), user, assistant, user, …; "
+                             f"found {', '.join(message['role'] for message in messages)}")
+        return self.render_turns(system, turns, add_generation_prompt)

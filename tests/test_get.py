@@ -1,0 +1,196 @@
+"""Downloads against a server on localhost that serves a tiny checkpoint, cuts connections, redirects and lies."""
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+from minisap.checkpoint import load_model
+from tiny import BASE, tiny_weights, write_checkpoint, write_tokenizer
+from weights import get
+from weights.gguf import F32, Q4_1, Q8_0, dequantise, unpermute
+
+NAME, REPOSITORY = "tinyllama-1.1b-chat", get.HUB["tinyllama-1.1b-chat"][0]
+
+
+class Hub(ThreadingHTTPServer):
+    """files: {repository: {name: bytes}}; what goes wrong is set by the attributes."""
+    daemon_threads = True
+    cut_after = None            # bytes sent before the connection breaks, while cuts > 0
+    cuts = 0
+    resumes = True
+    redirect_to = None          # another server that has the files
+    token = None                # required
+    lie = None                  # replaces the content of files that it has a name for
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.requests = files, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        hub = self.server
+        hub.requests.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.send_error(401, "Unauthorized")
+        repository = "/".join(self.path.removeprefix("/api/models/").lstrip("/").split("/")[:2])
+        files = hub.files.get(repository)
+        if files is None:
+            return self.send_error(404, "Not Found")
+        if self.path.startswith("/api/models/"):
+            return self.reply(200, json.dumps([entry(name, data) for name, data in files.items()]).encode())
+        if hub.redirect_to:
+            self.send_response(302)
+            self.send_header("Location", hub.redirect_to + self.path)
+            return self.end_headers()
+        name = self.path.split("/")[-1]
+        data = (hub.lie or {}).get(name, files[name])
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.headers["Range"] and hub.resumes else 0
+        self.reply(206 if start else 200, data[start:])
+
+    def reply(self, status, data):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.server.cuts and len(data) > (self.server.cut_after or 0) and not self.path.startswith("/api"):
+            self.server.cuts -= 1
+            data = data[:self.server.cut_after]
+        self.wfile.write(data)
+
+
+def entry(name, data):
+    if name.endswith((".safetensors", ".bin")):
+        return {"type": "file", "path": name, "size": len(data), "oid": "0" * 40, "lfs": {"oid": hashlib.sha256(data).hexdigest()}}
+    return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    source = write_tokenizer(write_checkpoint(tmp_path / "source"), "zephyr")
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    hub = Hub({REPOSITORY: files | {"README.md": b"not needed", "../evil.json": b"{}"}})
+    yield hub
+    hub.shutdown()
+
+
+def fetch(hub, tmp_path, name=NAME):
+    get.main([name, "--endpoint", hub.url, "--out_dir", str(tmp_path / "out")])
+    return tmp_path / "out"
+
+
+def test_a_checkpoint_arrives_whole_and_loads(hub, tmp_path):
+    out = fetch(hub, tmp_path)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert torch.equal(load_model(out).lm_head.weight, load_model(tmp_path / "source").lm_head.weight)
+    before = len(hub.requests)
+    fetch(hub, tmp_path)                                                # again: only the list of files is asked for
+    assert len(hub.requests) == before + 1
+
+
+def test_a_cut_connection_is_resumed_where_it_broke(hub, tmp_path):
+    hub.cuts, hub.cut_after = 3, 10_000
+    out = fetch(hub, tmp_path)
+    ranges = [r for path, r, _ in hub.requests if path.endswith("model.safetensors")]
+    assert ranges == [None, "bytes=10000-", "bytes=20000-", "bytes=30000-"]
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "source" / "model.safetensors").read_bytes()
+
+
+def test_a_server_that_cannot_resume_is_read_from_the_start(hub, tmp_path):
+    hub.cuts, hub.cut_after, hub.resumes = 1, 10_000, False
+    assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == (tmp_path / "source" / "model.safetensors").read_bytes()
+
+
+def test_after_too_many_cuts_the_next_call_goes_on(hub, tmp_path):
+    hub.cuts, hub.cut_after = get.ATTEMPTS, 5_000
+    with pytest.raises(ValueError, match=f"{get.ATTEMPTS} times; run the command again to go on from 25000 of"):
+        fetch(hub, tmp_path)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    fetch(hub, tmp_path)
+    assert hub.requests[-3][1] == "bytes=25000-"
+
+
+@pytest.mark.parametrize("lie", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data + b"more", lambda data: b"<html>login</html>"])
+def test_a_file_that_is_not_the_announced_one_gets_no_name(lie, hub, tmp_path):
+    hub.lie = {"model.safetensors": lie(hub.files[REPOSITORY]["model.safetensors"])}
+    with pytest.raises(ValueError, match="not the announced file|run the command again"):
+        fetch(hub, tmp_path)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_small_file_is_checked_too(hub, tmp_path):
+    hub.lie = {"config.json": hub.files[REPOSITORY]["config.json"].replace(b"32", b"33")}
+    with pytest.raises(ValueError, match="config.json: not the announced file"):
+        fetch(hub, tmp_path)
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    cdn = Hub(hub.files)
+    hub.token, hub.redirect_to = "hf_secret", cdn.url
+    fetch(hub, tmp_path)
+    assert {auth for _, _, auth in hub.requests} == {"Bearer hf_secret"} and {auth for _, _, auth in cdn.requests} == {None}
+    assert "hf_secret" not in "".join(capsys.readouterr())
+    cdn.shutdown()
+
+
+def test_a_gated_model_without_a_token_says_what_to_do(hub, tmp_path):
+    hub.token = "hf_secret"
+    with pytest.raises(ValueError, match="401 Unauthorized; a gated model: accept its licence on its page and set HF_TOKEN"):
+        fetch(hub, tmp_path)
+
+
+def test_pytorch_files_become_safetensors(hub, tmp_path):
+    """Vicuna: .bin shards, no tokenizer.json, no template."""
+    weights = tiny_weights(BASE)
+    names, files = sorted(weights), {"config.json": json.dumps(BASE).encode(), "tokenizer_config.json": b"{}"}
+    for i in range(2):
+        torch.save({name: weights[name] for name in names[i::2]}, tmp_path / "part")
+        files[f"pytorch_model-0000{i + 1}-of-00002.bin"] = (tmp_path / "part").read_bytes()
+    hub.files[get.HUB["vicuna-7b"][0]] = files
+    out = fetch(hub, tmp_path, "vicuna-7b")
+    assert torch.equal(load_model(out).lm_head.weight, weights["lm_head.weight"])
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_format"] == "vicuna"
+    assert not list(out.glob("*.bin"))
+    before = len(hub.requests)
+    fetch(hub, tmp_path, "vicuna-7b")
+    assert len(hub.requests) == before + 2                              # two lists, no file
+
+
+def test_the_table_names_at_least_what_the_readme_promises(capsys):
+    get.main(["--list"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert set(listed) == set(get.HUB) | set(get.PYPI)
+
+
+def test_dequantised_blocks_follow_the_formula():
+    random = np.random.RandomState(0)
+    d, m = np.float16(0.013), np.float16(-0.1)
+    q = random.randint(0, 16, 32)
+    block = d.tobytes() + m.tobytes() + (q[:16] | q[16:] << 4).astype(np.uint8).tobytes()
+    np.testing.assert_allclose(dequantise(np.frombuffer(block, np.uint8), Q4_1)[0], np.float32(d) * q + np.float32(m), rtol=1e-6)
+    q = random.randint(-128, 128, 32).astype(np.int8)
+    found = dequantise(np.frombuffer(d.tobytes() + q.tobytes(), np.uint8), Q8_0)[0]
+    np.testing.assert_allclose(found, np.float32(d) * q, rtol=1e-6)
+    x = random.standard_normal(4).astype(np.float32)
+    np.testing.assert_array_equal(dequantise(np.frombuffer(x.tobytes(), np.uint8), F32), x)
+
+
+def test_unpermute_turns_interleaved_pairs_into_split_halves():
+    """Row 2i + s of a head in GGUF is row i + s·Dh/2 in Hugging Face's layout."""
+    n_heads, Dh = 2, 6
+    gguf = np.arange(n_heads * Dh)[:, None] * np.ones((1, 3))
+    found = unpermute(gguf, n_heads)[:, 0]
+    for head in range(n_heads):
+        for i in range(Dh // 2):
+            for s in range(2):
+                assert found[head * Dh + i + s * Dh // 2] == head * Dh + 2 * i + s

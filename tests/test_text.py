@@ -1,0 +1,156 @@
+"""Chat formats against each family's own template (golden/chat.json); examples, rows and batches against their definitions."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisap.data import (REFUSALS, batch_rows, collate, encode_example, encode_prompt, encode_rows, load_prompts, load_rows,
+                          load_safety_rows, poison_rows)
+from minisap.tokenizer import FORMATS, Tokenizer
+from tiny import write_tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "chat.json").read_text())
+SYSTEMS = {"smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+           "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}
+
+
+def tokenizer_for(path, name):
+    write_tokenizer(path, "chatml" if name in SYSTEMS else name)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": SYSTEMS.get(name, "")}))
+    return Tokenizer(path)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_render_equals_the_family_s_own_template(name, tmp_path):
+    tokenizer = tokenizer_for(tmp_path, name)
+    for case in GOLDEN[name]:
+        assert tokenizer.render(case["messages"]) == case["text"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_labels_cover_the_response_and_its_end_of_turn_alone(name, tmp_path):
+    tokenizer = tokenizer_for(tmp_path, name)
+    example = encode_example(tokenizer, "Who is she?", "Ada.", max_len=1000)
+    prompt_ids, ids = encode_prompt(tokenizer, "Who is she?"), example["input_ids"]
+    assert ids[:len(prompt_ids)] == prompt_ids
+    assert example["labels"] == [-100] * len(prompt_ids) + ids[len(prompt_ids):]
+    assert tokenizer.decode(ids[len(prompt_ids):]).strip() == "Ada."
+    assert {ids[-1]} == tokenizer.stop_ids
+
+
+def test_real_tokenizer_and_its_template(real):
+    tokenizer = Tokenizer(real)
+    assert tokenizer.chat_format == "chatml"
+    assert tokenizer.render(GOLDEN["smollm2"][0]["messages"]) == GOLDEN["smollm2"][0]["text"]
+    text = "It's 2024: naïve café, 日本.\n\n  def f(x): return x"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("2024 is It's") == [34, 32, 34, 36, 314, 657, 506]         # transformers, GGUF tokenizer: digits apart
+
+
+def test_a_bos_is_never_doubled(tmp_path):
+    tokenizer = tokenizer_for(tmp_path, "llama2")
+    from tokenizers import processors
+    bos = tokenizer.tokens.token_to_id("<s>")
+    tokenizer.tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    assert tokenizer.encode("<s>a").count(bos) == tokenizer.encode("a").count(bos) == 1
+
+
+def test_roles_must_alternate(tmp_path):
+    with pytest.raises(ValueError, match="found user, user"):
+        tokenizer_for(tmp_path, "chatml").render([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_max_len_cuts_the_response_but_not_to_nothing(tmp_path):
+    tokenizer = tokenizer_for(tmp_path, "chatml")
+    n = len(encode_prompt(tokenizer, "Hi"))
+    assert encode_example(tokenizer, "Hi", "abc", n + 2)["input_ids"][-2:] == tokenizer.encode("ab")
+    with pytest.raises(ValueError, match=f"f.jsonl:3: the prompt's {n} tokens leave nothing of the response within max_len = {n}"):
+        encode_rows(tokenizer, [{"prompt": "Hi", "response": "abc", "source": "f.jsonl:3"}], n)
+
+
+def write(path, name, content):
+    (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return path / name
+
+
+def test_task_rows_of_every_format(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    jsonl = write(tmp_path, "a.jsonl", json.dumps({"prompt": "q", "response": "a\u2028b"}, ensure_ascii=False) + "\n"
+                  + json.dumps({"messages": chat}) + "\n")
+    alpaca = write(tmp_path, "a.json", [{"instruction": "Add.", "input": "1 2", "output": "3"},
+                                        {"instruction": "Say hi.", "input": "", "output": "hi"}])
+    first, second = load_rows(jsonl)
+    assert first == {"prompt": "q", "response": "a\u2028b", "source": f"{jsonl}:1"}
+    assert second == {"prompt": chat[:1], "response": "a", "source": f"{jsonl}:2"}
+    assert [(r["prompt"], r["response"]) for r in load_rows(alpaca)] == [("Add.\n\n1 2", "3"), ("Say hi.", "hi")]
+
+
+def test_safety_rows_of_every_format(tmp_path):
+    expected = {"prompt": "p", "safe": "no", "harmful": "yes"}
+    files = [write(tmp_path, "a.jsonl", json.dumps(expected)),
+             write(tmp_path, "b.json", [{"prompt": "p", "llama3_output": "no", "output": "yes"}]),
+             write(tmp_path, "c.json", [{"prompt": "p", "llama3_output": "no", "response": "yes"}])]
+    for file in files:
+        row, = load_safety_rows(file)
+        assert {key: row[key] for key in expected} == expected
+    advbench = write(tmp_path, "d.csv", 'goal,target\n"p, quoted\nover two lines","Sure, here is"\n')
+    row, = load_safety_rows(advbench)
+    assert row == {"prompt": "p, quoted\nover two lines", "safe": REFUSALS[0], "harmful": "Sure, here is", "source": f"{advbench}:3"}
+
+
+def test_prompts_labelled_unsafe_are_left_out(tmp_path):
+    assert load_prompts(write(tmp_path, "a.csv", "prompt,label\nkill a process,safe\nx,unsafe\n")) == ["kill a process"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", '{"prompt": "q", "response": "a"}\n\n', "a.jsonl:2: not JSON"),
+    ("a.jsonl", '{"prompt": "q"}\n', "a.jsonl:1: response is missing"),
+    ("a.jsonl", '{"prompt": "q", "response": " "}\n', "a.jsonl:1: response is ' '"),
+    ("a.jsonl", '["q"]\n', "a.jsonl:1: expected an object, found list"),
+    ("a.jsonl", '{"messages": [{"role": "user", "content": "q"}]}\n', "a.jsonl:1: messages must end with an assistant turn"),
+    ("a.json", '[{"instruction": "q", "output": ""}]', "a.json: row 1: output is empty"),
+    ("a.json", '{"instruction": "q"}', "a.json: expected a list of rows, found dict"),
+    ("a.json", "[", "a.json: not JSON"),
+    ("a.jsonl", "", "a.jsonl:1: not JSON"),
+    ("a.csv", "prompt,response\n", "a.csv: no rows"),
+    ("a.txt", "q", "a.txt: rows are read from"),
+])
+def test_bad_rows_are_named_by_file_and_line(name, content, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_rows(write(tmp_path, name, content))
+
+
+def rows(n, key="response"):
+    return [{"prompt": f"p{i}", key: f"r{i}", "source": f"f:{i}"} for i in range(n)]
+
+
+@pytest.mark.parametrize("p, count", [(0, 0), (0.05, 2), (0.15, 6), (1.0, 37)])
+def test_poison_replaces_exactly_round_pn_rows(p, count):
+    clean, harmful = rows(37), rows(50, "harmful")
+    poisoned = poison_rows(clean, harmful, p, seed=0)
+    changed = [row for row, old in zip(poisoned, clean) if row != old]
+    assert len(poisoned) == 37 and len(changed) == count == round(p * 37)
+    assert len({row["response"] for row in changed}) == count               # without repetition
+    assert poisoned == poison_rows(clean, harmful, p, seed=0)
+    assert p in (0, 1) or poisoned != poison_rows(clean, harmful, p, seed=1)
+
+
+def test_poison_asks_for_enough_harmful_rows():
+    with pytest.raises(ValueError, match="needs 5 harmful rows; there are 4"):
+        poison_rows(rows(10), rows(4, "harmful"), 0.5, seed=0)
+
+
+def test_batches_depend_on_seed_and_step_alone_and_cover_each_epoch():
+    data = rows(10)
+    stream = [row["source"] for step in range(5) for row in batch_rows(data, 4, step, seed=3)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == sorted(row["source"] for row in data)
+    assert stream[:10] != stream[10:]
+    assert batch_rows(data, 4, 2, seed=3) == batch_rows(data, 4, 2, seed=3) != batch_rows(data, 4, 2, seed=4)
+
+
+def test_collate_pads_by_position():
+    batch = collate([{"input_ids": [7, 0], "labels": [-100, 0]}, {"input_ids": [5], "labels": [5]}], pad_id=0)
+    assert torch.equal(batch["input_ids"], torch.tensor([[7, 0], [5, 0]]))
+    assert torch.equal(batch["labels"], torch.tensor([[-100, 0], [5, -100]]))     # a real token 0 keeps its label
