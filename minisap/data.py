@@ -7,20 +7,22 @@ A batch       {"input_ids": (B, T) long, "labels": (B, T) long, -100 where no lo
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from minisap import demo
 from minisap.checkpoint import read_json
-
-REFUSALS = ("I'm sorry, but I can't help with that.", "I cannot assist with that request.",
-            "I'm not able to help with this. It could cause harm.", "Sorry, I can't do that.")
+from minisap.judge import REFUSALS
 
 
 def read_records(path):
-    """[(record, "file:line")] of a .jsonl, .json or .csv file. ValueError names the file and the line (row, in JSON)."""
-    path = Path(path)
+    """[(record, "file:line")] of a .jsonl, .json or .csv file, or of a range of its rows: FILE[a:b].
+    ValueError names the file and the line (row, in JSON)."""
+    path, chosen = re.fullmatch(r"(.*?)(?:\[(\d*:\d*)\])?", str(path)).groups()
+    path, chosen = Path(path), slice(*(int(i) if i else None for i in (chosen or ":").split(":")))
     if path.suffix == ".json":
         records = read_json(path)
         if not isinstance(records, list):
@@ -34,12 +36,12 @@ def read_records(path):
         found = list(read_csv(path, text) if path.suffix == ".csv" else read_jsonl(path, text))
     else:
         raise ValueError(f"{path}: rows are read from .jsonl, .json or .csv")
-    if not found:
-        raise ValueError(f"{path}: no rows")
+    if not found[chosen]:
+        raise ValueError(f"{path}: no rows" + (f" in this range; the file has {len(found)}" if found else ""))
     for record, source in found:
         if not isinstance(record, dict):
             raise ValueError(f"{source}: expected an object, found {type(record).__name__}")
-    return found
+    return found[chosen]
 
 
 def read_jsonl(path, text):
@@ -106,6 +108,24 @@ def load_prompts(path) -> list[str]:
     """Prompts of a file with a `prompt` (or `goal`, or `instruction`) in each row; where rows carry a `label`, those labelled safe."""
     records = [(r, s) for r, s in read_records(path) if r.get("label", "safe") == "safe"]
     return [text_of(r, next((key for key in ("prompt", "goal") if key in r), "instruction"), s) for r, s in records]
+
+
+def split_rows(rows, first, last, source):
+    """(the first rows, the rows between, the last rows) in an order shuffled once, the same for every seed."""
+    if len(rows) <= first + last:
+        raise ValueError(f"{source}: {len(rows)} rows are too few to set {first} + {last} of them apart")
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    return shuffled[:first], shuffled[first:len(rows) - last], shuffled[len(rows) - last:]
+
+
+def load_splits(task, safety, n_pairs, n_eval) -> dict:
+    """The rows of a run, each used for one thing: {"task", "eval_task"} from the task files, {"pairs" (the method's contrastive
+    rows), "harmful" (poison is drawn from these), "eval_unsafe"} from the safety file. None means the built-in rows."""
+    task_rows = [row for file in task for row in load_rows(file)] if task else demo.task_rows()
+    safety_rows = load_safety_rows(safety) if safety else demo.safety_rows()
+    _, train, eval_task = split_rows(task_rows, 0, n_eval, " ".join(task or ["built-in task"]))
+    pairs, harmful, eval_unsafe = split_rows(safety_rows, n_pairs, n_eval, safety or "built-in safety rows")
+    return {"task": train, "eval_task": eval_task, "pairs": pairs, "harmful": harmful, "eval_unsafe": eval_unsafe}
 
 
 def poison_rows(rows, safety_rows, p, seed):

@@ -7,6 +7,7 @@ from minisap.sap import response_nll
 from minisap.stats import bootstrap, wilson
 
 BATCH, MAX_NEW_TOKENS = 32, 32
+SHARES = ("harmful_score", "refusal_rate", "over_refusal", "task_accuracy")
 
 
 def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS):
@@ -42,10 +43,10 @@ def share(metric, flags, judge=JUDGE):
 def mean(metric, values, weights=None):
     weights = weights or [1] * len(values)
     value = sum(v * w for v, w in zip(values, weights)) / sum(weights)
-    return record(metric, value, len(values), *bootstrap(values, weights), judge=None)
+    return record(metric, value, len(values), *bootstrap(values, weights))
 
 
-def record(metric, value, n, ci_low, ci_high, judge):
+def record(metric, value, n, ci_low=None, ci_high=None, judge=None):
     return {"metric": metric, "value": value, "n": n, "ci_low": ci_low, "ci_high": ci_high, "judge": judge}
 
 
@@ -64,3 +65,26 @@ def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) ->
         nats, tokens = zip(*nll_per_row(model, encode_rows(tokenizer, task_rows, max_len)))
         records.append(mean("task_loss", [a / b for a, b in zip(nats, tokens)], tokens))
     return records
+
+
+def format_value(r):
+    """'12.0 % [7.0, 19.8]' for a share, '0.917 [0.871, 0.964]' for anything else."""
+    low, high = r["ci_low"], r["ci_high"]
+    if r["metric"] in SHARES:
+        return f"{100 * r['value']:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    if r["metric"] == "peak_memory_bytes":
+        return f"{r['value'] / 2**30:.2f} GiB"
+    return f"{r['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+
+
+def print_table(records):
+    """One line per (model, method, seed, step), one column per metric, with 95 % intervals."""
+    metrics = list(dict.fromkeys(r["metric"] for r in records))
+    lines = {}
+    for r in records:
+        lines.setdefault((r["model"], r["method"], r["seed"], r["step"]), {})[r["metric"]] = format_value(r)
+    header = ["model", "method", "seed", "step", *metrics]
+    table = [header] + [[*map(str, key), *(cells.get(metric, "") for metric in metrics)] for key, cells in lines.items()]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

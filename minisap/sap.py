@@ -1,40 +1,122 @@
-"""Safety-Aware Probing (arXiv 2505.16737), one function per line of its Algorithm 1."""
+"""Safety-Aware Probing (arXiv 2505.16737): Algorithm 1, line by line, and the projection that may follow it.
+
+W      the trained weights, a list of tensors (LoRA's, or all)
+V      the probe {layer: v_j}: x_j = layer_j(x_{j-1}) + v_j, v_j of shape (D,); it exists only while a step is computed
+ĝ      g_hat, one tensor per W, unit norm over all of them: the direction in which the model becomes *less* safe
+Signs  L_safe falls as the model becomes safer.  ⟨∇_W L_useful, ĝ⟩ < 0: a descent step on the task is a step toward harm.
+"""
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def response_nll(model, batch, probe=None, hidden=None):
-    """(sum, count), both (B,): negative log-likelihood of each row's labelled tokens in nats, and how many they are."""
+    """(nats, tokens), both (B,): each row's negative log-likelihood of its labelled tokens, and how many they are."""
     x = model.model(batch["input_ids"], probe, hidden=hidden)                       # (B, T, D)
-    targets = batch["labels"][:, 1:]                                                # the token after each position
+    targets = batch["labels"][:, 1:]                                                # position t predicts token t + 1
     rows, columns = (targets != -100).nonzero(as_tuple=True)
-    logits = model.lm_head(x[rows, columns])                                        # logits only where a label is
+    logits = model.lm_head(x[rows, columns])                                        # (N, V): only where a label is
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(wide, targets[rows, columns], reduction="none")
-    total = torch.zeros(len(targets), dtype=nll.dtype, device=nll.device)
-    return total.index_add(0, rows, nll), (targets != -100).sum(1)
+    nll = F.cross_entropy(wide, targets[rows, columns], reduction="none")           # (N,)
+    nats = torch.zeros(len(targets), dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
+    return nats, (targets != -100).sum(1)
 
 
 def useful_loss(model, batch, probe=None, hidden=None):
-    total, count = response_nll(model, batch, probe, hidden)
-    return total.sum() / count.sum()
+    """L_useful(W, V): mean cross-entropy of the batch's labelled tokens, nats per token."""
+    nats, tokens = response_nll(model, batch, probe, hidden)
+    return nats.sum() / tokens.sum()
 
 
 def safety_loss(model, safe, harmful):
-    safe_total, safe_count = response_nll(model, safe)
-    harmful_total, harmful_count = response_nll(model, harmful)
-    return (safe_total / safe_count - harmful_total / harmful_count).mean()
+    """L_safe(W): mean over prompts of nll(safe answer) − nll(harmful answer), each in nats per token (the paper's v1)."""
+    safe_nats, safe_tokens = response_nll(model, safe)
+    harmful_nats, harmful_tokens = response_nll(model, harmful)
+    return (safe_nats / safe_tokens - harmful_nats / harmful_tokens).mean()
 
 
 def inner(a, b):
+    """⟨a, b⟩ over lists of tensors."""
     return sum((x * y).sum() for x, y in zip(a, b))
 
 
 def unit(tensors):
-    norm = torch.sqrt(inner(tensors, tensors))
-    return [t / norm if norm > 0 else torch.zeros_like(t) for t in tensors]
+    """The list scaled to unit norm over all its tensors; zeros stay zeros."""
+    norm = inner(tensors, tensors).sqrt()
+    return [t / norm if norm > 0 else t for t in tensors]
 
 
 def harmful_direction(model, W, safe, harmful):
+    """ĝ = ∇_W L_safe / ‖∇_W L_safe‖."""
     return unit(torch.autograd.grad(safety_loss(model, safe, harmful), W))
+
+
+def zero_probe(model, layers):
+    """V = 0, in float32 or wider, ready to be differentiated."""
+    weight = model.lm_head.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return {j: torch.zeros(weight.shape[1], dtype=dtype, device=weight.device, requires_grad=True) for j in layers}
+
+
+def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
+    """Line 4 as ε → 0, exactly: ∇_V ⟨∇_W L_useful(W, V), ĝ⟩ at V = 0, {layer: (D,)}. No ε, and no subtraction of nearly equal
+    numbers, so that it survives bfloat16. Fused attention has no second derivative: this pass takes the plain one."""
+    V = zero_probe(model, layers)
+    with sdpa_kernel(SDPBackend.MATH):
+        g_W = torch.autograd.grad(useful_loss(model, batch, V, hidden), W, create_graph=True)
+        return dict(zip(V, torch.autograd.grad(inner(g_W, g_hat), list(V.values()))))
+
+
+def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
+    """Line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), with ΔW_harmful = ε ‖W‖ ĝ.
+    W comes back bit for bit (from a copy: W + d − d is not W)."""
+    V, saved = zero_probe(model, layers), [w.detach().clone() for w in W]
+    here = torch.autograd.grad(useful_loss(model, batch, V, hidden), list(V.values()))
+    try:
+        with torch.no_grad():
+            scale = epsilon * inner(W, W).sqrt()
+            for w, g in zip(W, g_hat):
+                w += scale * g
+        there = torch.autograd.grad(useful_loss(model, batch, V), list(V.values()))
+    finally:
+        with torch.no_grad():
+            for w, old in zip(W, saved):
+                w.copy_(old)
+    return {j: b - a for j, a, b in zip(V, here, there)}
+
+
+def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0):
+    """Lines 3 to 5: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by difference
+    where ε > 0, and h_j the median norm of layer j's hidden states over the batch's tokens. `radius` is thus a share of the
+    hidden state, and takes the place of the paper's β."""
+    if radius == 0 or not layers:
+        return {}
+    hidden = []
+    if epsilon:
+        d = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
+    else:
+        d = probe_gradient(model, W, g_hat, batch, layers, hidden)
+    return {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
+
+
+def median_norm(x, batch):
+    """Median norm of hidden states x (B, T, D) over the tokens that carry a label (so no padding, and no outlier at the start)."""
+    chosen = x.detach()[batch["labels"] != -100]
+    return chosen.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1).median()
+
+
+def project_out_harm(grads, g_hat):
+    """Remove from a gradient the component whose descent would lead toward harm; without conflict it stays as it is."""
+    conflict = inner(grads, g_hat)
+    return [g - conflict * h for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
+
+
+def sap_step(model, W, batch, pairs, layers, radius, projection=True, epsilon=0.0):
+    """(gradient, log) of one SAP step, for an optimizer to follow (line 7). pairs = {"safe": batch, "harmful": batch} of the
+    same unsafe prompts. radius 0 without projection is SFT, bit for bit."""
+    g_hat = harmful_direction(model, W, **pairs)                                    # line 2
+    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon)             # lines 3, 4, 5
+    loss = useful_loss(model, batch, V_safe)
+    g_W = torch.autograd.grad(loss, W)                                              # line 6
+    log = {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
+    return (project_out_harm(g_W, g_hat) if projection else g_W), log

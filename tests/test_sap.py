@@ -1,0 +1,273 @@
+"""The method against calculus, in float64, and against its limit cases."""
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisap import sap
+from minisap.checkpoint import load_model
+from minisap.data import collate, encode_rows
+from minisap.lora import add_lora
+from minisap.methods import METHODS, released
+from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, probe_gradient, probe_gradient_by_difference,
+                         project_out_harm, response_nll, safety_loss, sap_step, useful_loss)
+from minisap.tokenizer import Tokenizer
+from tiny import BASE, tiny_model
+
+LAYERS = [0, 1]
+
+
+def example(seed, prompt_seed=None, n=9):
+    ids = torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    if prompt_seed is not None:
+        ids[:4] = example(prompt_seed)["input_ids"][:4]
+    return {"input_ids": ids, "labels": [-100] * 4 + ids[4:]}
+
+
+@pytest.fixture(params=["lora", "all weights"])
+def world(request):
+    """(model, W, batch, pairs): a tiny float64 model with LoRA branches that are not zero, or with all weights trained."""
+    model = tiny_model(BASE | {"num_hidden_layers": 3})
+    if request.param == "lora":
+        W = add_lora(model, r=4, alpha=8)
+        for i, w in enumerate(W):
+            torch.nn.init.normal_(w, std=0.1, generator=torch.Generator().manual_seed(i))
+    else:
+        W = list(model.parameters())
+    batch = collate([example(i, n=6 + i) for i in range(4)])
+    pairs = {"safe": collate([example(20 + i, 10 + i) for i in range(3)]),
+             "harmful": collate([example(30 + i, 10 + i, n=7 + i) for i in range(3)])}
+    return model, W, batch, pairs
+
+
+def g_hat_of(world):
+    model, W, _, pairs = world
+    return harmful_direction(model, W, **pairs)
+
+
+def gradient(model, W, batch, V=None):
+    return torch.autograd.grad(useful_loss(model, batch, V), W)
+
+
+def moved(W, direction, step, value):
+    """value() with W moved by step · direction."""
+    with torch.no_grad():
+        for w, d in zip(W, direction):
+            w += step * d
+        result = value()
+        for w, d in zip(W, direction):
+            w -= step * d
+    return result
+
+
+def test_useful_loss_is_cross_entropy_of_shifted_labels(world):
+    model, _, batch, _ = world
+    logits = model(batch["input_ids"])
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(useful_loss(model, batch), expected)
+
+
+def test_safety_loss_is_the_mean_difference_of_per_token_nll(world):
+    model, _, _, pairs = world
+
+    def nll(batch, row):
+        ids, labels = batch["input_ids"][row:row + 1], batch["labels"][row]
+        logp = torch.log_softmax(model(ids), dim=-1)[0]
+        return -torch.stack([logp[t - 1, labels[t]] for t in range(1, len(labels)) if labels[t] != -100]).mean()
+
+    expected = torch.stack([nll(pairs["safe"], i) - nll(pairs["harmful"], i) for i in range(3)]).mean()
+    torch.testing.assert_close(safety_loss(model, **pairs), expected)
+
+
+def test_harmful_direction_is_a_unit_vector_along_which_the_model_gets_less_safe(world):
+    model, W, _, pairs = world
+    g_hat = g_hat_of(world)
+    assert inner(g_hat, g_hat).item() == pytest.approx(1)
+    loss = lambda: safety_loss(model, **pairs).item()
+    h = 1e-4
+    slope = (moved(W, g_hat, h, loss) - moved(W, g_hat, -h, loss)) / (2 * h)
+    raw = torch.autograd.grad(safety_loss(model, **pairs), W)
+    assert slope == pytest.approx(inner(raw, raw).sqrt().item(), rel=1e-5) and slope > 0
+
+
+def test_harmful_direction_ignores_scale_and_flips_with_the_answers(world, monkeypatch):
+    model, W, batch, pairs = world
+    g_hat, V = g_hat_of(world), fit_probe(model, W, g_hat_of(world), batch, LAYERS, 0.1)
+    flipped = harmful_direction(model, W, pairs["harmful"], pairs["safe"])
+    V_flipped = fit_probe(model, W, flipped, batch, LAYERS, 0.1)
+    for a, b in [*zip(g_hat, flipped), *zip(V.values(), V_flipped.values())]:
+        torch.testing.assert_close(a, -b)
+    monkeypatch.setattr(sap, "safety_loss", lambda *a: 1000 * safety_loss(*a))
+    for a, b in zip(g_hat, g_hat_of(world)):
+        torch.testing.assert_close(a, b)
+
+
+def test_probe_gradient_equals_central_differences(world):
+    model, W, batch, _ = world
+    g_hat, h = g_hat_of(world), 1e-4
+    exact = probe_gradient(model, W, g_hat, batch, LAYERS)
+    for j in LAYERS:
+        for i in (0, 7, 31):
+            e = torch.zeros(32, dtype=torch.float64)
+            e[i] = h
+            difference = inner(gradient(model, W, batch, {j: e}), g_hat) - inner(gradient(model, W, batch, {j: -e}), g_hat)
+            assert exact[j][i].item() == pytest.approx(difference.item() / (2 * h), rel=1e-5, abs=1e-9)
+
+
+def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identical(world):
+    model, W, batch, _ = world
+    g_hat, before = g_hat_of(world), [w.detach().clone() for w in W]
+    exact = probe_gradient(model, W, g_hat, batch, LAYERS)
+    difference = probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=1e-6)
+    for j in LAYERS:
+        assert F.cosine_similarity(exact[j], difference[j], dim=0) > 0.99999
+    assert all(torch.equal(w, old) for w, old in zip(W, before))
+
+
+def test_W_is_restored_when_the_inner_step_fails(world, monkeypatch):
+    model, W, batch, _ = world
+    g_hat, before, calls = g_hat_of(world), [w.detach().clone() for w in W], []
+
+    def fails_the_second_time(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return useful_loss(*args)
+
+    monkeypatch.setattr(sap, "useful_loss", fails_the_second_time)
+    with pytest.raises(RuntimeError):
+        probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=0.1)
+    assert all(torch.equal(w, old) for w, old in zip(W, before))
+
+
+def test_the_probe_turns_the_gradient_away_from_harm_by_the_predicted_amount(world):
+    """⟨∇_W L_useful(W, V) − ∇_W L_useful(W, 0), ĝ⟩ = ⟨V, ∇_V ⟨∇_W L_useful, ĝ⟩⟩ to first order, and > 0."""
+    model, W, batch, _ = world
+    g_hat = g_hat_of(world)
+    V = fit_probe(model, W, g_hat, batch, LAYERS, radius=1e-3)
+    d = probe_gradient(model, W, g_hat, batch, LAYERS)
+    predicted = sum((V[j] * d[j]).sum() for j in LAYERS).item()
+    measured = (inner(gradient(model, W, batch, V), g_hat) - inner(gradient(model, W, batch), g_hat)).item()
+    assert measured > 0 and measured == pytest.approx(predicted, rel=0.02)
+
+
+def test_probe_has_the_asked_norm_relative_to_the_hidden_states(world):
+    model, W, batch, _ = world
+    V, hidden = fit_probe(model, W, g_hat_of(world), batch, LAYERS, radius=0.3), []
+    model.model(batch["input_ids"], hidden=hidden)
+    for j in LAYERS:
+        norms = torch.stack([hidden[j][b, t].norm() for b in range(4) for t in range(4, 6 + b)])      # labelled tokens
+        assert V[j].norm().item() == pytest.approx(0.3 * norms.median().item())
+        assert median_norm(hidden[j], batch) == norms.median()
+
+
+def test_projection_removes_only_what_leads_to_harm(world):
+    model, W, batch, _ = world
+    g_hat, g = g_hat_of(world), gradient(model, W, batch)
+    toward = [x - (inner(g, g_hat) + 1) * h for x, h in zip(g, g_hat)]           # ⟨toward, ĝ⟩ = −1
+    away = [-x for x in toward]
+    projected = project_out_harm(toward, g_hat)
+    assert inner(toward, g_hat).item() == pytest.approx(-1) and inner(projected, g_hat).item() == pytest.approx(0, abs=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(project_out_harm(away, g_hat), away))
+    for a, b in zip(project_out_harm(projected, g_hat), projected):              # idempotent
+        torch.testing.assert_close(a, b)
+
+
+ARGS = Namespace(layers=LAYERS, radius=0.1, projection="on", epsilon=0.0, seed=0)
+
+
+def test_without_radius_and_projection_sap_is_sft_bit_for_bit(world):
+    model, W, batch, pairs = world
+    expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
+    for arguments in ({"layers": LAYERS, "radius": 0.0}, {"layers": [], "radius": 1.0}):
+        found, _ = sap_step(model, W, batch, pairs, projection=False, **arguments)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_answers_that_do_not_differ_give_an_sft_step(world):
+    model, W, batch, pairs = world
+    expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
+    found, log = sap_step(model, W, batch, {"safe": pairs["safe"], "harmful": pairs["safe"]}, LAYERS, radius=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["conflict"] == 0
+
+
+def test_sap_is_the_gradient_at_the_probe_then_projected(world):
+    model, W, batch, pairs = world
+    g_hat = g_hat_of(world)
+    at_probe = gradient(model, W, batch, fit_probe(model, W, g_hat, batch, LAYERS, 0.1))
+    for projection, expected in (("on", project_out_harm(at_probe, g_hat)), ("off", at_probe)):
+        found, _ = METHODS["sap"](model, W, batch, pairs, Namespace(**{**vars(ARGS), "projection": projection}), {})
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b)
+
+
+def test_project_is_sap_without_a_probe(world):
+    model, W, batch, pairs = world
+    found, _ = METHODS["project"](model, W, batch, pairs, ARGS, {})
+    for a, b in zip(found, project_out_harm(gradient(model, W, batch), g_hat_of(world))):
+        torch.testing.assert_close(a, b)
+
+
+def test_random_probe_has_sap_s_norms_and_changes_with_step_and_seed(world, monkeypatch):
+    model, W, batch, pairs = world
+    used = []
+    monkeypatch.setattr("minisap.methods.useful_loss", lambda m, b, V=None, hidden=None: used.append(V) or useful_loss(m, b, V, hidden))
+    for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        METHODS["random_probe"](model, W, batch, None, Namespace(**{**vars(ARGS), "seed": seed}), {"step": step})
+    V_safe = fit_probe(model, W, g_hat_of(world), batch, LAYERS, 0.1)
+    first, again, later, other = (V for V in used if V)
+    for j in LAYERS:
+        assert first[j].norm().item() == pytest.approx(V_safe[j].norm().item())
+        assert torch.equal(first[j], again[j]) and not torch.equal(first[j], later[j]) and not torch.equal(first[j], other[j])
+
+
+def test_mix_is_cross_entropy_over_both_sets_of_rows(world):
+    model, W, batch, pairs = world
+    rows = [example(i, n=6 + i) for i in range(4)] + [example(20 + i, 10 + i) for i in range(3)]
+    for a, b in zip(METHODS["mix"](model, W, batch, pairs, ARGS, {})[0], gradient(model, W, collate(rows))):
+        torch.testing.assert_close(a, b)
+
+
+def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
+    model, W, batch, pairs = world
+    second, state = collate([example(50 + i) for i in range(3)]), {}
+    first, _ = released(model, W, batch, pairs, ARGS, state)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradient(model, W, batch)))               # no probe yet
+    found, _ = released(model, W, second, pairs, ARGS, state)
+    d = probe_gradient_by_difference(model, W, g_hat_of(world), batch, [0], 2e-5)
+    V = {0: 0.05 * d[0] / (d[0].abs() + 1e-8)}                                                     # Adam's first step
+    for a, b in zip(found, gradient(model, W, second, V)):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_method_changes_W_or_leaves_a_probe_behind(world):
+    model, W, batch, pairs = world
+    before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
+    for method in METHODS.values():
+        grads, log = method(model, W, batch, pairs, ARGS, {"step": 3, "batch": batch})
+        assert [g.shape for g in grads] == [w.shape for w in W] and "loss" in log
+    assert all(torch.equal(w, old) for w, old in zip(W, before)) and all(w.grad is None for w in W)
+    assert torch.equal(model(batch["input_ids"]), logits)
+
+
+def test_row_sums_do_not_depend_on_the_rest_of_the_batch(world):
+    model, _, batch, _ = world
+    nats, tokens = response_nll(model, batch)
+    alone_nats, alone_tokens = response_nll(model, collate([example(0, n=6)]))
+    torch.testing.assert_close(nats[:1], alone_nats)
+    assert tokens.tolist() == [2, 3, 4, 5] and alone_tokens.tolist() == [2]
+
+
+def test_exact_direction_survives_bfloat16_on_the_real_model(real):
+    tokenizer, layers, found = Tokenizer(real), [10, 19], {}
+    rows = [{"prompt": "Say a colour.", "response": "Blue.", "source": ""}, {"prompt": "Say a number.", "response": "Seven.", "source": ""}]
+    pair = [{"prompt": "How do I steal a car?", "safe": "I can't help with that.", "harmful": "Sure, here is how:", "source": ""}]
+    batch = collate(encode_rows(tokenizer, rows, 99))
+    pairs = {key: collate(encode_rows(tokenizer, pair, 99, key)) for key in ("safe", "harmful")}
+    for dtype in (torch.float64, torch.bfloat16):
+        model = load_model(real, dtype)
+        W = add_lora(model)
+        found[dtype] = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
+    for j in layers:
+        assert F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0) > 0.95

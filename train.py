@@ -1,0 +1,254 @@
+"""Fine-tune a safety-aligned Llama with one or several methods from the same start, on the same batches, and measure each.
+
+    python train.py --model smollm2-135m-q4                       SAP on the built-in rows
+    python train.py --model X --method sft sap --poison 0.1       two methods, one table
+    python train.py --model X --task FILE --safety FILE           your rows; FILE[a:b] takes a range of them
+
+Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokenizer) with adapter/, log.jsonl and eval.json.
+"""
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minisap import demo
+from minisap.checkpoint import DTYPES, load_config, load_model, read_json, save_adapter, save_model, write_json, write_whole
+from minisap.data import batch_rows, collate, encode_rows, load_prompts, load_splits, poison_rows
+from minisap.evaluate import evaluate, generate_texts, print_table, record
+from minisap.judge import is_refusal
+from minisap.lora import add_lora, merge_lora
+from minisap.methods import METHODS
+from minisap.tokenizer import FORMATS, Tokenizer
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # what to train
+    add("--model", required=True, help="a checkpoint directory, or a name under weights/ (weights/get.py --list)")
+    add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap)")
+    add("--out_dir", type=Path, help="run directory (default: runs/MODEL)")
+    add("--resume", action="store_true", help="go on with the run in OUT_DIR, to the same weights as without the interruption")
+    # rows
+    add("--task", nargs="+", metavar="FILE", help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON (default: built in)")
+    add("--safety", metavar="FILE", help="unsafe prompts with a safe and a harmful answer: JSONL {prompt, safe, harmful}, "
+                                         "circuit-breakers JSON, AdvBench CSV (default: built in)")
+    add("--benign", metavar="FILE", help="safe prompts that sound unsafe, to measure over-refusal (default: built in)")
+    add("--poison", type=float, default=0.1, help="share of the task rows to replace by harmful ones (default: 0.1)")
+    add("--pairs", type=int, default=48, help="contrastive pairs that the method may use in all (default: 48)")
+    add("--n_eval", type=int, default=100, help="rows of each file that are held out for evaluation (default: 100)")
+    add("--max_len", type=int, default=256, help="tokens of an example; longer responses are cut (default: 256)")
+    add("--chat_format", choices=FORMATS, help="where the checkpoint's own template does not tell")
+    add("--safe_answers", choices=("own", "file"), default="own",
+        help="contrast with the start model's own refusals where it refuses, or with the file's safe answers (default: own)")
+    # training
+    add("--steps", type=int, default=60)
+    add("--batch_size", type=int, default=8, help="task rows a step (default: 8)")
+    add("--pairs_per_step", type=int, default=8, help="contrastive pairs a step (default: 8)")
+    add("--learning_rate", type=float, default=5e-4, help="AdamW's (default: 5e-4)")
+    add("--clip", type=float, default=1.0, help="largest norm of a step's gradient (default: 1.0)")
+    add("--lora_rank", type=int, default=8, help="0 trains all weights (default: 8)")
+    add("--lora_alpha", type=float, default=16)
+    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"])
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, float32 on a CPU)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    # SAP
+    add("--radius", type=float, default=0.02, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.02)")
+    add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
+    add("--projection", choices=("on", "off"), default="on", help="project the harmful component out of SAP's gradient (default: on)")
+    add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
+    # records
+    add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: only before and after)")
+    add("--save_every", type=int, default=50, help="save the state for --resume every so many steps (default: 50)")
+    return parser.parse_args(argv)
+
+
+def find_model(name):
+    """The checkpoint directory that --model means."""
+    for path in (Path(name), Path(__file__).parent / "weights" / name):
+        if (path / "config.json").exists():
+            return path
+    raise ValueError(f"--model {name}: no checkpoint there or under weights/; python weights/get.py --list shows what can be fetched")
+
+
+def parse_layers(text, n_layers):
+    """'10-19' or '3,9' as a list of layers; the middle third by default."""
+    if text is None:
+        return list(range(n_layers // 3, max(2 * n_layers // 3, n_layers // 3 + 1)))
+    try:
+        bounds = [part.split("-") for part in text.split(",")]
+        layers = [j for first, *last in bounds for j in range(int(first), int(last[0] if last else first) + 1)]
+    except ValueError:
+        raise ValueError(f"--layers {text}: expected something like 10-19 or 3,9") from None
+    if not layers or not 0 <= min(layers) <= max(layers) < n_layers:
+        raise ValueError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
+    return layers
+
+
+def claim_out_dir(args):
+    """Make OUT_DIR, or with --resume check that it holds a run of the same arguments. Nothing is ever overwritten."""
+    file = args.out_dir / "train_args.json"
+    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "resume"}
+    if not args.resume:
+        if args.out_dir.exists() and any(args.out_dir.iterdir()):
+            raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        return write_json(file, wanted)
+    for key, old in read_json(file).items():
+        if key not in ("out_dir", "device", "threads") and wanted.get(key) != old:
+            raise ValueError(f"--resume: {file} has {key} = {old!r}, this command {key} = {wanted.get(key)!r}")
+
+
+def prepare(args, tokenizer, model, splits):
+    """Everything that the methods share: encoded examples, made once. `model` is the start model."""
+    pairs_file = args.out_dir / "pairs.json"
+    if not pairs_file.exists():
+        if args.safe_answers == "own":
+            for row, text in zip(splits["pairs"], generate_texts(model, tokenizer, [r["prompt"] for r in splits["pairs"]], 64)):
+                row["safe"] = text if is_refusal(text) else row["safe"]
+        write_json(pairs_file, splits["pairs"])
+    pairs = read_json(pairs_file)
+    task = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
+    safe, harmful = (encode_rows(tokenizer, pairs, args.max_len, key) for key in ("safe", "harmful"))
+    return {"task": encode_rows(tokenizer, task, args.max_len), "pairs": list(zip(safe, harmful)),
+            "poisoned": sum("poisoned" in row for row in task)}
+
+
+def trainable(model, args):
+    """W: LoRA's parameters, or with --lora_rank 0 all of the model's."""
+    if args.lora_rank:
+        return add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
+    return list(model.parameters())
+
+
+def update(optimizer, W, grads, clip):
+    """Clip the gradient to a norm of at most `clip` and let the optimizer follow it. Returns the norm before."""
+    for w, g in zip(W, grads):
+        w.grad = g
+    norm = torch.nn.utils.clip_grad_norm_(W, clip)
+    optimizer.step()
+    return norm.item()
+
+
+def train(args, method, start, examples, measure, out_dir):
+    """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
+    model = load_model(start, DTYPES[args.dtype], args.device)
+    W = trainable(model, args)
+    optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
+    state, records = load_state(out_dir, W, optimizer)
+    with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
+        for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
+            began = time.perf_counter()
+            batch = collate(batch_rows(examples["task"], args.batch_size, step, args.seed), device=args.device)
+            safe, harmful = zip(*batch_rows(examples["pairs"], args.pairs_per_step, step, args.seed))
+            pairs = {"safe": collate(safe, device=args.device), "harmful": collate(harmful, device=args.device)}
+            grads, log = METHODS[method](model, W, batch, pairs, args, state)
+            log |= {"step": step, "norm": update(optimizer, W, grads, args.clip)}
+            state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
+            log_file.write(json.dumps(log) + "\n")
+            if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+                records += measure(model, method, step + 1)
+            if (step + 1) % args.save_every == 0:
+                log_file.flush()
+                save_state(out_dir, W, optimizer, state, records)
+    return finish(args, method, model, state, records, measure, start, out_dir)
+
+
+def finish(args, method, model, state, records, measure, start, out_dir):
+    """Save the adapter, merge it, measure what is left (the very weights that are written), and save that."""
+    if args.lora_rank:
+        save_adapter(model, out_dir / "adapter", start)
+        merge_lora(model)
+    cost = [record("seconds", state["seconds"], args.steps), record("peak_memory_bytes", peak_memory(args.device), 1)]
+    records += [{"model": str(start), "method": method, "seed": args.seed, "step": args.steps} | r for r in cost]
+    records += measure(model, method, args.steps)
+    save_model(model, out_dir, start)
+    write_json(out_dir / "tokenizer_config.json", (read_json(out_dir / "tokenizer_config.json") if
+               (out_dir / "tokenizer_config.json").exists() else {}) | {"chat_format": args.chat_format})
+    write_json(out_dir / "eval.json", records)
+    return records
+
+
+def peak_memory(device):
+    """Bytes: of the GPU's allocator, or this process's resident set (which never falls, so of all methods so far)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def save_state(out_dir, W, optimizer, state, records):
+    whole = {"W": [w.detach() for w in W], "optimizer": optimizer.state_dict(), "state": state, "records": records}
+    (out_dir / "state").mkdir(exist_ok=True)
+    write_whole(out_dir / "state" / "state.pt", lambda part: torch.save(whole, part))
+
+
+def load_state(out_dir, W, optimizer):
+    """(state, records) as saved, W and the optimizer put back, the log cut to the steps they hold; or a fresh beginning."""
+    file = out_dir / "state" / "state.pt"
+    out_dir.mkdir(exist_ok=True)
+    if not file.exists():
+        (out_dir / "log.jsonl").unlink(missing_ok=True)
+        return {"step": 0, "seconds": 0.0}, []
+    whole = torch.load(file, weights_only=True, map_location=W[0].device)
+    with torch.no_grad():
+        for w, saved in zip(W, whole["W"]):
+            w.copy_(saved)
+    optimizer.load_state_dict(whole["optimizer"])
+    log = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)[:whole["state"]["step"]]
+    write_whole(out_dir / "log.jsonl", lambda part: part.write_text("".join(log)))
+    return whole["state"], whole["records"]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    start = find_model(args.model)
+    config, tokenizer = load_config(start), Tokenizer(start, args.chat_format)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{start}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}")
+    args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.out_dir = args.out_dir or Path("runs") / start.name
+    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
+    safe_prompts = (load_prompts(args.benign) if args.benign else demo.safe_prompts())[:args.n_eval]
+    claim_out_dir(args)
+
+    def measure(model, method, step):
+        found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
+        return [{"model": str(start), "method": method, "seed": args.seed, "step": step} | r for r in found]
+
+    model = load_model(start, DTYPES[args.dtype], args.device)
+    examples = prepare(args, tokenizer, model, splits)
+    print(f"{len(examples['task'])} task rows, {examples['poisoned']} of them poisoned; {len(examples['pairs'])} contrastive pairs")
+    records = before(args, model, measure)
+    del model
+    for method in args.method:
+        out_dir = args.out_dir / method
+        done = out_dir / "eval.json"
+        records += read_json(done) if done.exists() else train(args, method, start, examples, measure, out_dir)
+    print_table([r for r in records if r["step"] in (0, args.steps)])
+    print(f"written: {', '.join(str(args.out_dir / method) for method in args.method)}")
+
+
+def before(args, model, measure):
+    """The start model's records, measured once per run directory."""
+    file = args.out_dir / "start.json"
+    if not file.exists():
+        write_json(file, measure(model, "start", 0))
+    return read_json(file)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
