@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minisap import demo
 from minisap.checkpoint import DTYPES, load_config, load_model, read_json, save_adapter, save_model, write_json, write_whole
-from minisap.data import batch_rows, collate, encode_rows, load_prompts, load_splits, poison_rows
-from minisap.evaluate import evaluate, generate_texts, print_table, record
+from minisap.data import batch_rows, collate, encode_rows, load_safe_prompts, load_splits, poison_rows
+from minisap.evaluate import evaluate, generate_texts, print_records, record
 from minisap.judge import is_refusal
 from minisap.lora import add_lora, merge_lora
 from minisap.methods import METHODS
+from minisap.model import Llama
 from minisap.tokenizer import FORMATS, Tokenizer
 
 
@@ -92,6 +92,17 @@ def parse_layers(text, n_layers):
     return layers
 
 
+def check_args(args):
+    if not 0 <= args.poison <= 1:
+        raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
+    for key in ("steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"--{key} {getattr(args, key)}: at least 1")
+    for key in ("radius", "epsilon", "learning_rate", "lora_rank", "eval_every"):
+        if getattr(args, key) < 0:
+            raise ValueError(f"--{key} {getattr(args, key)}: at least 0")
+
+
 def claim_out_dir(args):
     """Make OUT_DIR, or with --resume check that it holds a run of the same arguments. Nothing is ever overwritten."""
     file = args.out_dir / "train_args.json"
@@ -106,19 +117,21 @@ def claim_out_dir(args):
             raise ValueError(f"--resume: {file} has {key} = {old!r}, this command {key} = {wanted.get(key)!r}")
 
 
-def prepare(args, tokenizer, model, splits):
-    """Everything that the methods share: encoded examples, made once. `model` is the start model."""
-    pairs_file = args.out_dir / "pairs.json"
-    if not pairs_file.exists():
+def encode_pairs(tokenizer, pairs, max_len):
+    """[(safe example, harmful example)] of the same prompts."""
+    return list(zip(*(encode_rows(tokenizer, pairs, max_len, key) for key in ("safe", "harmful"))))
+
+
+def choose_safe_answers(args, model, tokenizer, pairs):
+    """The contrastive pairs as they will be used, kept in OUT_DIR/pairs.json: with --safe_answers own, the start model's own
+    refusal takes the place of the file's safe answer wherever the model refuses."""
+    file = args.out_dir / "pairs.json"
+    if not file.exists():
         if args.safe_answers == "own":
-            for row, text in zip(splits["pairs"], generate_texts(model, tokenizer, [r["prompt"] for r in splits["pairs"]], 64)):
-                row["safe"] = text if is_refusal(text) else row["safe"]
-        write_json(pairs_file, splits["pairs"])
-    pairs = read_json(pairs_file)
-    task = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
-    safe, harmful = (encode_rows(tokenizer, pairs, args.max_len, key) for key in ("safe", "harmful"))
-    return {"task": encode_rows(tokenizer, task, args.max_len), "pairs": list(zip(safe, harmful)),
-            "poisoned": sum("poisoned" in row for row in task)}
+            texts = generate_texts(model, tokenizer, [row["prompt"] for row in pairs], max_new_tokens=64)
+            pairs = [row | {"safe": text} if is_refusal(text) else row for row, text in zip(pairs, texts)]
+        write_json(file, pairs)
+    return read_json(file)
 
 
 def trainable(model, args):
@@ -137,7 +150,7 @@ def update(optimizer, W, grads, clip):
     return norm.item()
 
 
-def train(args, method, start, examples, measure, out_dir):
+def train(args, method, start, task, pairs, measure, out_dir):
     """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
     model = load_model(start, DTYPES[args.dtype], args.device)
     W = trainable(model, args)
@@ -146,10 +159,10 @@ def train(args, method, start, examples, measure, out_dir):
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
             began = time.perf_counter()
-            batch = collate(batch_rows(examples["task"], args.batch_size, step, args.seed), device=args.device)
-            safe, harmful = zip(*batch_rows(examples["pairs"], args.pairs_per_step, step, args.seed))
-            pairs = {"safe": collate(safe, device=args.device), "harmful": collate(harmful, device=args.device)}
-            grads, log = METHODS[method](model, W, batch, pairs, args, state)
+            batch = collate(batch_rows(task, args.batch_size, step, args.seed), device=args.device)
+            contrast = zip(("safe", "harmful"), zip(*batch_rows(pairs, args.pairs_per_step, step, args.seed)))
+            contrast = {key: collate(examples, device=args.device) for key, examples in contrast}
+            grads, log = METHODS[method](model, W, batch, contrast, args, state)
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip)}
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
             log_file.write(json.dumps(log) + "\n")
@@ -206,10 +219,9 @@ def load_state(out_dir, W, optimizer):
     return whole["state"], whole["records"]
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def prepare(args):
+    """(start, tokenizer, splits, task examples): every check that can be made before anything is written."""
+    check_args(args)
     start = find_model(args.model)
     config, tokenizer = load_config(start), Tokenizer(start, args.chat_format)
     if tokenizer.vocab_size > config.vocab_size:
@@ -218,37 +230,49 @@ def main(argv=None):
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.out_dir = args.out_dir or Path("runs") / start.name
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
-    safe_prompts = (load_prompts(args.benign) if args.benign else demo.safe_prompts())[:args.n_eval]
+    rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
+    task = encode_rows(tokenizer, rows, args.max_len)
+    encode_pairs(tokenizer, splits["pairs"] + splits["eval_unsafe"], args.max_len)
+    with torch.device("meta"):
+        n_trained = sum(w.numel() for w in trainable(Llama(config), args))
+    print(f"{len(rows)} task rows, {sum('poisoned' in row for row in rows)} of them poisoned; {args.pairs} contrastive pairs; "
+          f"{n_trained:,} weights to train")
+    return start, tokenizer, splits, task
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    start, tokenizer, splits, task = prepare(args)
+    safe_prompts = load_safe_prompts(args.benign, args.n_eval)
+    model = load_model(start, DTYPES[args.dtype], args.device)
     claim_out_dir(args)
 
     def measure(model, method, step):
         found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
         return [{"model": str(start), "method": method, "seed": args.seed, "step": step} | r for r in found]
 
-    model = load_model(start, DTYPES[args.dtype], args.device)
-    examples = prepare(args, tokenizer, model, splits)
-    print(f"{len(examples['task'])} task rows, {examples['poisoned']} of them poisoned; {len(examples['pairs'])} contrastive pairs")
-    records = before(args, model, measure)
+    start_file = args.out_dir / "start.json"
+    if not start_file.exists():
+        write_json(start_file, measure(model, "start", 0))
+    pairs = encode_pairs(tokenizer, choose_safe_answers(args, model, tokenizer, splits["pairs"]), args.max_len)
     del model
+    records = read_json(start_file)
     for method in args.method:
         out_dir = args.out_dir / method
         done = out_dir / "eval.json"
-        records += read_json(done) if done.exists() else train(args, method, start, examples, measure, out_dir)
-    print_table([r for r in records if r["step"] in (0, args.steps)])
+        records += read_json(done) if done.exists() else train(args, method, start, task, pairs, measure, out_dir)
+    print_records([r for r in records if r["step"] in (0, args.steps)])
     print(f"written: {', '.join(str(args.out_dir / method) for method in args.method)}")
-
-
-def before(args, model, measure):
-    """The start model's records, measured once per run directory."""
-    file = args.out_dir / "start.json"
-    if not file.exists():
-        write_json(file, measure(model, "start", 0))
-    return read_json(file)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last saved step", file=sys.stderr)
+        sys.exit(130)

@@ -15,12 +15,21 @@ MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def read_json(path):
-    """Parse a JSON file; ValueError names the file (and the line of a syntax error)."""
+def read_text(path):
+    """A UTF-8 file's text; ValueError names a file that cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
+def read_json(path):
+    """Parse a JSON file; ValueError names the file (and the line of a syntax error)."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from minisap import demo
-from minisap.checkpoint import read_json
+from minisap.checkpoint import read_json, read_text
 from minisap.judge import REFUSALS
 
 
@@ -29,10 +29,7 @@ def read_records(path):
             raise ValueError(f"{path}: expected a list of rows, found {type(records).__name__}")
         found = [(record, f"{path}: row {i}") for i, record in enumerate(records, 1)]
     elif path.suffix in (".jsonl", ".csv"):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        text = read_text(path)
         found = list(read_csv(path, text) if path.suffix == ".csv" else read_jsonl(path, text))
     else:
         raise ValueError(f"{path}: rows are read from .jsonl, .json or .csv")
@@ -104,10 +101,13 @@ def safety_row(i, record, source):
     return {"prompt": prompt, "safe": safe, "harmful": harmful}
 
 
-def load_prompts(path) -> list[str]:
-    """Prompts of a file with a `prompt` (or `goal`, or `instruction`) in each row; where rows carry a `label`, those labelled safe."""
-    records = [(r, s) for r, s in read_records(path) if r.get("label", "safe") == "safe"]
-    return [text_of(r, next((key for key in ("prompt", "goal") if key in r), "instruction"), s) for r, s in records]
+def load_safe_prompts(path, n) -> list[str]:
+    """At most n safe prompts: of a file with `prompt`, `goal` or `instruction` in each row (where rows carry a `label`, of those
+    labelled safe), or of the built-in rows."""
+    records = [(r, s) for r, s in read_records(path) if r.get("label", "safe") == "safe"] if path else []
+    keys = ("prompt", "goal", "instruction")
+    prompts = [text_of(r, next((k for k in keys if k in r), "prompt"), s) for r, s in records] or demo.safe_prompts()
+    return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:n]]
 
 
 def split_rows(rows, first, last, source):

@@ -77,14 +77,18 @@ def format_value(r):
     return f"{r['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
 
 
-def print_table(records):
+def print_records(records):
     """One line per (model, method, seed, step), one column per metric, with 95 % intervals."""
     metrics = list(dict.fromkeys(r["metric"] for r in records))
     lines = {}
     for r in records:
         lines.setdefault((r["model"], r["method"], r["seed"], r["step"]), {})[r["metric"]] = format_value(r)
     header = ["model", "method", "seed", "step", *metrics]
-    table = [header] + [[*map(str, key), *(cells.get(metric, "") for metric in metrics)] for key, cells in lines.items()]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    for row in table:
+    print_table([header] + [[*map(str, key), *(cells.get(metric, "") for metric in metrics)] for key, cells in lines.items()])
+
+
+def print_table(rows):
+    """Print rows of strings in aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

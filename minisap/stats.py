@@ -21,3 +21,9 @@ def bootstrap(values, weights=None, draws=2000, seed=0):
     picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     means = (values * weights)[picks].sum(1) / weights[picks].sum(1)
     return tuple(float(x) for x in np.quantile(means, (0.025, 0.975)))
+
+
+def auroc(positive, negative):
+    """Probability that a positive scores above a negative (ties count half): the area under the ROC curve."""
+    difference = np.asarray(positive)[:, None] - np.asarray(negative)[None, :]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())

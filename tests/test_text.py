@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minisap.data import (REFUSALS, batch_rows, collate, encode_example, encode_prompt, encode_rows, load_prompts, load_rows,
+from minisap.data import (REFUSALS, batch_rows, collate, encode_example, encode_prompt, encode_rows, load_rows, load_safe_prompts,
                           load_safety_rows, poison_rows)
 from minisap.tokenizer import FORMATS, Tokenizer
 from tiny import write_tokenizer
@@ -101,7 +101,7 @@ def test_safety_rows_of_every_format(tmp_path):
 
 
 def test_prompts_labelled_unsafe_are_left_out(tmp_path):
-    assert load_prompts(write(tmp_path, "a.csv", "prompt,label\nkill a process,safe\nx,unsafe\n")) == ["kill a process"]
+    assert load_safe_prompts(write(tmp_path, "a.csv", "prompt,label\nkill a process,safe\nx,unsafe\n"), 9) == ["kill a process"]
 
 
 @pytest.mark.parametrize("name, content, message", [

@@ -1,0 +1,200 @@
+"""Look inside a model: where unsafe prompts can be told from safe ones, where task and safety pull against each other, and
+where SAP's probe would have most effect.
+
+    python probe.py weights/X                                  per layer, with a recommendation for train.py --layers
+    python probe.py weights/X --safety FILE --task FILE --plot layers.png
+    python probe.py weights/X --precision                      does the probe's direction survive bfloat16?
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+from minisap.checkpoint import DTYPES, load_model, write_json
+from minisap.data import batch_rows, collate, encode_prompt, encode_rows, load_safe_prompts, load_splits
+from minisap.evaluate import print_table
+from minisap.lora import add_lora, linear_layers
+from minisap.sap import (harmful_direction, inner, median_norm, probe_gradient, probe_gradient_by_difference, unit, useful_loss)
+from minisap.stats import auroc, wilson
+from minisap.tokenizer import FORMATS, Tokenizer
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("path", type=Path, help="a checkpoint directory")
+    # rows: as in train.py
+    add("--task", nargs="+", metavar="FILE")
+    add("--safety", metavar="FILE")
+    add("--benign", metavar="FILE", help="safe prompts, set against the unsafe ones of --safety")
+    add("--pairs", type=int, default=48)
+    add("--n_eval", type=int, default=100, help="unsafe and safe prompts for the linear probes, each (default: 100)")
+    add("--max_len", type=int, default=256)
+    add("--chat_format", choices=FORMATS)
+    # how
+    add("--batches", type=int, default=4, help="batches over which gradients are averaged (default: 4)")
+    add("--batch_size", type=int, default=8)
+    add("--pairs_per_step", type=int, default=8)
+    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="the weights W whose gradients are compared")
+    add("--precision", action="store_true", help="compare the probe's direction in bfloat16 and float32 with that in float64")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int)
+    # results
+    add("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    add("--plot", type=Path, metavar="PNG", help="draw them per layer (needs matplotlib)")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def last_token_states(model, tokenizer, prompts):
+    """Hidden states at the last prompt token after every layer: (layers, prompts, D), float32."""
+    states = []
+    for prompt in prompts:
+        hidden = []
+        model.model(torch.tensor([encode_prompt(tokenizer, prompt)], device=model.lm_head.weight.device), hidden=hidden)
+        states.append(torch.stack([x[0, -1].float() for x in hidden]))
+    return torch.stack(states, dim=1).cpu()
+
+
+def linear_probe(train_x, train_y, test_x, test_y, l2=1e-2):
+    """Logistic regression on standardised states: {"accuracy", its interval, "auroc", "n"} on the held-out prompts."""
+    mean, std = train_x.mean(0), train_x.std(0) + 1e-6
+    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+    w, b = torch.zeros(train_x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w, b], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = bce(train_x @ w + b, train_y) + l2 * w.pow(2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    scores = (test_x @ w + b).detach()
+    right = int(((scores > 0) == (test_y > 0.5)).sum())
+    low, high = wilson(right, len(test_y))
+    return {"accuracy": right / len(test_y), "ci_low": low, "ci_high": high, "auroc": auroc(scores[test_y > 0.5], scores[test_y < 0.5]),
+            "n": len(test_y)}
+
+
+def linear_probes(model, tokenizer, unsafe, safe):
+    """One linear probe per layer; every other prompt trains, the rest tests."""
+    n = min(len(unsafe), len(safe))
+    x = torch.cat([last_token_states(model, tokenizer, prompts[:n]) for prompts in (unsafe, safe)], dim=1)
+    y = torch.cat([torch.ones(n), torch.zeros(n)])
+    train = torch.arange(2 * n) % n < n // 2                            # in file order, so that rephrasings stay on one side
+    return [linear_probe(layer[train], y[train], layer[~train], y[~train]) for layer in x]
+
+
+def gradients(args, model, splits, tokenizer):
+    """Per layer: cos(∇_W L_useful, ∇_W L_safe), and |∇_V L_su| · h, the effect of a probe of the layer's own norm h on
+    ⟨∇_W L_useful, ĝ⟩; means over batches."""
+    task, safe, harmful = encode_splits(args, splits, tokenizer)
+    model.requires_grad_(False)
+    found = [(name, layer.weight.requires_grad_()) for name, _, key, layer in linear_layers(model) if key in args.lora_targets]
+    W, place = [w for _, w in found], [int(name.split(".")[2]) for name, _ in found]
+    layers, cosines, effects = range(model.config.n_layers), [], []
+    for step in range(args.batches):
+        batch, pairs = batches(args, step, task, safe, harmful)
+        g_hat, hidden = harmful_direction(model, W, **pairs), []
+        g_W = torch.autograd.grad(useful_loss(model, batch), W)
+        d = probe_gradient(model, W, g_hat, batch, layers, hidden)
+        of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
+        cosines.append([inner(of(g_W, j), of(g_hat, j)).item() for j in layers])
+        effects.append([(d[j].norm() * median_norm(hidden[j], batch)).item() for j in layers])
+    return np.mean(cosines, axis=0).tolist(), np.mean(effects, axis=0).tolist()
+
+
+def encode_splits(args, splits, tokenizer):
+    task = encode_rows(tokenizer, splits["task"], args.max_len)
+    return task, *(encode_rows(tokenizer, splits["pairs"], args.max_len, key) for key in ("safe", "harmful"))
+
+
+def batches(args, step, task, safe, harmful):
+    device = args.device
+    batch = collate(batch_rows(task, args.batch_size, step, args.seed), device=device)
+    chosen = zip(*batch_rows(list(zip(safe, harmful)), args.pairs_per_step, step, args.seed))
+    return batch, {key: collate(examples, device=device) for key, examples in zip(("safe", "harmful"), chosen)}
+
+
+def recommend(effects):
+    """The run of a third of the layers with the largest mean effect, as train.py --layers takes it."""
+    width = max(1, len(effects) // 3)
+    first = max(range(len(effects) - width + 1), key=lambda j: sum(effects[j:j + width]))
+    return f"{first}-{first + width - 1}"
+
+
+def precision(args, splits, tokenizer):
+    """[(dtype, how, mean cosine over the layers with the exact direction in float64)] of the probe of one batch."""
+    task, safe, harmful = encode_splits(args, splits, tokenizer)
+    batch, pairs = batches(args, 0, task, safe, harmful)
+    reference, rows = None, []
+    for name in ("float64", "float32", "bfloat16"):
+        model = load_model(args.path, DTYPES[name], args.device)
+        W, layers = add_lora(model, targets=args.lora_targets, seed=args.seed), range(model.config.n_layers)
+        g_hat = harmful_direction(model, W, **pairs)
+        directions = {"exact": probe_gradient(model, W, g_hat, batch, layers)}
+        for epsilon in (2e-5, 1e-3, 1e-1):
+            directions[f"difference, epsilon {epsilon:g}"] = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon)
+        reference = reference or directions["exact"]
+        for how, d in directions.items():
+            cosines = [F.cosine_similarity(d[j].double(), reference[j], dim=0).item() for j in layers]
+            rows.append((name, how, np.mean(cosines), min(cosines)))
+    return rows
+
+
+def plot_layers(rows, file):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    labels = {"auroc": "linear probe, AUROC\nunsafe against safe", "cosine": "cos(task gradient, safety gradient)\nbelow 0: task steps lead to harm",
+              "effect": "effect of a probe of the\nlayer's own norm"}
+    figure, axes = plt.subplots(len(labels), sharex=True, figsize=(7, 7))
+    for axis, (key, label) in zip(axes, labels.items()):
+        axis.plot([row["layer"] for row in rows], [row[key] for row in rows], marker="o", markersize=3)
+        axis.set_ylabel(label, fontsize=8)
+        axis.axhline({"auroc": 0.5}.get(key, 0), color="grey", linewidth=0.5)
+    axes[-1].set_xlabel("layer")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    print(f"written: {file}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tokenizer = Tokenizer(args.path, args.chat_format)
+    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
+    if args.precision:
+        rows = [("dtype", "direction", "mean cosine", "lowest layer")]
+        return print_table(rows + [(a, b, f"{c:.4f}", f"{d:.4f}") for a, b, c, d in precision(args, splits, tokenizer)])
+    model = load_model(args.path, DTYPES[args.dtype], args.device)
+    unsafe = [row["prompt"] for row in splits["eval_unsafe"]]
+    probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval))
+    cosines, effects = gradients(args, model, splits, tokenizer)
+    rows = [{"layer": j, **p, "cosine": c, "effect": e} for j, (p, c, e) in enumerate(zip(probes, cosines, effects))]
+    print_table([["layer", "accuracy", "95 %", "AUROC", "cos(g, g_safe)", "effect"]] + [
+        [str(r["layer"]), f"{r['accuracy']:.3f}", f"[{r['ci_low']:.3f}, {r['ci_high']:.3f}]", f"{r['auroc']:.3f}",
+         f"{r['cosine']:+.4f}", f"{r['effect']:.3g}"] for r in rows])
+    print(f"linear probes: unsafe against safe prompts at the last prompt token, n = {rows[0]['n']} held out")
+    print("cos(g, g_safe) < 0: a descent step on the task is a step toward harm")
+    print(f"effect: change of <g, g_safe/|g_safe|> by a probe as large as the layer's hidden states; largest: --layers {recommend(effects)}")
+    if args.out:
+        write_json(args.out, rows)
+    if args.plot:
+        plot_layers(rows, args.plot)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,173 @@
+"""train.py, eval.py and probe.py in-process on a tiny checkpoint: what they write, resume, and what they refuse."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as eval_script
+import probe as probe_script
+import train as train_script
+from minisap.checkpoint import load_model, read_json
+from minisap.lora import add_lora
+from safetensors.torch import load_file
+from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = ["--steps", "4", "--n_eval", "6", "--batch_size", "2", "--pairs_per_step", "2", "--pairs", "4", "--save_every", "1"]
+
+
+@pytest.fixture
+def start(tmp_path):
+    return write_tokenizer(write_checkpoint(tmp_path / "start", BASE | {"vocab_size": VOCAB_SIZE}))
+
+
+def train(start, out_dir, *more):
+    train_script.main(["--model", str(start), "--out_dir", str(out_dir), *FAST, *more])
+    return out_dir
+
+
+def test_methods_start_alike_and_leave_checkpoints_that_are_read_again(start, tmp_path, capsys):
+    out = train(start, tmp_path / "run", "--method", "sft", "sap", "--eval_every", "2")
+    printed = capsys.readouterr().out
+    assert "288 task rows" not in printed and "of them poisoned; 4 contrastive pairs" in printed
+    sft, sap = (read_json(out / method / "eval.json") for method in ("sft", "sap"))
+    assert {r["step"] for r in sft} == {2, 4} and {r["method"] for r in sap} == {"sap"}
+    assert {"model", "method", "seed", "metric", "value", "n", "ci_low", "ci_high", "judge"} <= sft[0].keys()
+    assert {"harmful_score", "refusal_rate", "harm_margin", "over_refusal", "task_loss", "seconds", "peak_memory_bytes"} == {
+        r["metric"] for r in sft}
+    first = [json.loads((out / m / "log.jsonl").read_text().splitlines()[0])["loss"] for m in ("sft", "sap")]
+    assert first[0] == pytest.approx(first[1], rel=0.05) and first[0] != first[1]        # the same rows, with a probe
+    assert load_model(out / "sap").config == load_model(start).config
+
+
+def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
+    out = train(start, tmp_path / "run", "--method", "sft")
+    model = load_model(start)
+    add_lora(model, r=8, alpha=16)
+    adapter = load_file(out / "sft" / "adapter" / "adapter_model.safetensors")
+    names = {name.removeprefix("base_model.model.").removesuffix(".weight"): tensor for name, tensor in adapter.items()}
+    model.load_state_dict(names, strict=False)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    torch.testing.assert_close(load_model(out / "sft")(ids), model(ids))
+    assert not torch.equal(load_model(out / "sft")(ids), load_model(start)(ids))
+
+
+@pytest.mark.parametrize("method", ["sap", "released"])
+@pytest.mark.parametrize("more", [[], ["--lora_rank", "0"]])
+def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
+    whole = train(start, tmp_path / "whole", "--method", method, *more)
+    collate, calls = train_script.collate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 8:                                             # in the third step
+            raise KeyboardInterrupt
+        return collate(*args, **kwargs)
+
+    monkeypatch.setattr(train_script, "collate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(start, tmp_path / "cut", "--method", method, *more)
+    monkeypatch.undo()
+    cut = train(start, tmp_path / "cut", "--method", method, "--resume", *more)
+    assert (cut / method / "model.safetensors").read_bytes() == (whole / method / "model.safetensors").read_bytes()
+    assert (cut / method / "log.jsonl").read_text() == (whole / method / "log.jsonl").read_text()
+
+
+def test_resume_skips_what_is_finished_and_refuses_other_arguments(start, tmp_path):
+    out = train(start, tmp_path / "run", "--method", "sft")
+    before = (out / "sft" / "model.safetensors").stat().st_mtime_ns
+    train(start, out, "--method", "sft", "--resume")
+    assert (out / "sft" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="train_args.json has learning_rate = 0.0005, this command learning_rate = 0.1"):
+        train(start, out, "--method", "sft", "--resume", "--learning_rate", "0.1")
+
+
+def test_eval_measures_what_train_recorded(start, tmp_path, capsys):
+    out = train(start, tmp_path / "run", "--method", "sft")
+    eval_script.main([str(out / "sft"), "--out", str(tmp_path / "eval.json")])
+    recorded = {r["metric"]: r["value"] for r in read_json(out / "sft" / "eval.json")}
+    for r in read_json(tmp_path / "eval.json"):
+        assert r["value"] == pytest.approx(recorded[r["metric"]], abs=1e-6)
+    assert (start / "config.json").exists() and str(out / "sft") in capsys.readouterr().out
+
+
+def test_curves_average_over_seeds(start, tmp_path, capsys):
+    runs = [train(start, tmp_path / f"run{seed}", "--method", "sft", "--seed", str(seed), "--eval_every", "2") for seed in (0, 1)]
+    capsys.readouterr()
+    eval_script.main([*map(str, runs), "--curves"])
+    losses = [next(r["value"] for r in read_json(run / "sft" / "eval.json") if r["metric"] == "task_loss" and r["step"] == 4) for run in runs]
+    assert f"{sum(losses) / 2:.3f} ({losses[0]:.3f}, {losses[1]:.3f})" in capsys.readouterr().out
+
+
+def test_probe_reports_every_layer(start, tmp_path, capsys):
+    probe_script.main([str(start), "--n_eval", "12", "--batches", "1", "--batch_size", "2", "--out", str(tmp_path / "probe.json")])
+    rows = read_json(tmp_path / "probe.json")
+    assert [row["layer"] for row in rows] == [0, 1] and all(0 <= row["auroc"] <= 1 and -1 <= row["cosine"] <= 1 for row in rows)
+    assert "--layers" in capsys.readouterr().out
+
+
+def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
+    random = torch.Generator().manual_seed(0)
+    noise, y = torch.randn(400, 16, generator=random), torch.arange(400) % 2.0
+    planted = noise + 3 * y[:, None] * torch.eye(16)[0]
+    for x, low, high in ((planted, 0.9, 1.0), (noise, 0.35, 0.65)):
+        assert low <= probe_script.linear_probe(x[:200], y[:200], x[200:], y[200:].float())["auroc"] <= high
+
+
+def test_recommended_layers_are_the_third_with_the_largest_effect():
+    assert probe_script.recommend([0, 1, 5, 4, 1, 9]) == "4-5" or probe_script.recommend([0, 1, 5, 4, 1, 9]) == "2-3"
+
+
+@pytest.mark.parametrize("text, expected", [("10-12", [10, 11, 12]), ("3,9", [3, 9]), (None, [10, 11, 12, 13, 14, 15, 16, 17, 18, 19])])
+def test_layers(text, expected):
+    assert train_script.parse_layers(text, 30) == expected
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (lambda p: ["--model", "nowhere"], "error: --model nowhere: no checkpoint there or under weights/"),
+    (lambda p: ["--layers", "1-5"], "error: --layers 1-5: the model has layers 0 to 1"),
+    (lambda p: ["--layers", "a"], "error: --layers a: expected something like 10-19 or 3,9"),
+    (lambda p: ["--task", write(p / "a.jsonl", '{"prompt": "q"}\n')], "a.jsonl:1: response is missing"),
+    (lambda p: ["--task", str(p / "none.jsonl")], "none.jsonl: No such file"),
+    (lambda p: ["--safety", write(p / "a.csv", "goal,target\na,b\n")], "a.csv: 1 rows are too few to set 4 + 6 of them apart"),
+    (lambda p: ["--max_len", "40"], "leave nothing of the response within max_len = 40"),
+    (lambda p: ["--poison", "0.9"], "needs 715 harmful rows; there are 278"),
+    (lambda p: ["--poison", "1.5"], "error: --poison 1.5: a share from 0 to 1"),
+    (lambda p: ["--lora_targets", "c_attn"], "lora targets ['c_attn']"),
+    (lambda p: ["--chat_format", "vicuna"], None),
+])
+def test_bad_input_is_one_line_status_2_and_nothing_written(arguments, message, start, tmp_path):
+    command = [sys.executable, "train.py", "--model", str(start), "--out_dir", str(tmp_path / "run"), *FAST, *arguments(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if message is None:
+        assert done.returncode == 0
+        return
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(start, tmp_path):
+    out = train(start, tmp_path / "run", "--method", "sft")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(ValueError, match="already holds a run; choose another, or go on with it by --resume"):
+        train(start, out, "--method", "sft")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    start = write_tokenizer(write_checkpoint(tmp_path / "start", BASE))
+    with pytest.raises(ValueError, match=f"the tokenizer has {VOCAB_SIZE} tokens, the embedding 96"):
+        train(start, tmp_path / "run")
+
+
+def test_ci_runs_exactly_the_readme_s_test_command():
+    command = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
+    assert f"\n{command}\n" in (ROOT / "README.md").read_text()
