@@ -93,22 +93,24 @@ def linear_probes(model, tokenizer, unsafe, safe):
 
 
 def gradients(args, model, splits, tokenizer):
-    """Per layer: cos(∇_W L_useful, ∇_W L_safe), and |∇_V L_su| · h, the effect of a probe of the layer's own norm h on
-    ⟨∇_W L_useful, ĝ⟩; means over batches."""
+    """Per layer, means over batches:
+    task_cosine   cos(∇_W L_useful, ∇_W L_safe) over the layer's weights; below 0: task steps lead to harm
+    probe_cosine  cos(∇_V L_su, ∇_V L_useful); below 0: the paper's probe lowers the task loss by itself
+    effect        ‖∇_V L_su‖ · h: how far a probe of the layer's own norm h moves ⟨∇_W L_useful, ĝ⟩"""
     task, safe, harmful = encode_splits(args, splits, tokenizer)
     model.requires_grad_(False)
     found = [(name, layer.weight.requires_grad_()) for name, _, key, layer in linear_layers(model) if key in args.lora_targets]
     W, place = [w for _, w in found], [int(name.split(".")[2]) for name, _ in found]
-    layers, cosines, effects = range(model.config.n_layers), [], []
+    layers, measured = range(model.config.n_layers), []
     for step in range(args.batches):
         batch, pairs = batches(args, step, task, safe, harmful)
         g_hat, hidden = harmful_direction(model, W, **pairs), []
         g_W = torch.autograd.grad(useful_loss(model, batch), W)
-        d = probe_gradient(model, W, g_hat, batch, layers, hidden)
+        d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
         of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
-        cosines.append([inner(of(g_W, j), of(g_hat, j)).item() for j in layers])
-        effects.append([(d[j].norm() * median_norm(hidden[j], batch)).item() for j in layers])
-    return np.mean(cosines, axis=0).tolist(), np.mean(effects, axis=0).tolist()
+        measured.append([[inner(of(g_W, j), of(g_hat, j)).item(), F.cosine_similarity(d[j], g_V[j], dim=0).item(),
+                          (d[j].norm() * median_norm(hidden[j], batch)).item()] for j in layers])
+    return [dict(zip(("task_cosine", "probe_cosine", "effect"), row)) for row in np.mean(measured, axis=0).tolist()]
 
 
 def encode_splits(args, splits, tokenizer):
@@ -139,9 +141,9 @@ def precision(args, splits, tokenizer):
         model = load_model(args.path, DTYPES[name], args.device)
         W, layers = add_lora(model, targets=args.lora_targets, seed=args.seed), range(model.config.n_layers)
         g_hat = harmful_direction(model, W, **pairs)
-        directions = {"exact": probe_gradient(model, W, g_hat, batch, layers)}
+        directions = {"exact": probe_gradient(model, W, g_hat, batch, layers)[0]}
         for epsilon in (2e-5, 1e-3, 1e-1):
-            directions[f"difference, epsilon {epsilon:g}"] = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon)
+            directions[f"difference, epsilon {epsilon:g}"] = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon)[0]
         reference = reference or directions["exact"]
         for how, d in directions.items():
             cosines = [F.cosine_similarity(d[j].double(), reference[j], dim=0).item() for j in layers]
@@ -153,9 +155,9 @@ def plot_layers(rows, file):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    labels = {"auroc": "linear probe, AUROC\nunsafe against safe", "cosine": "cos(task gradient, safety gradient)\nbelow 0: task steps lead to harm",
-              "effect": "effect of a probe of the\nlayer's own norm"}
-    figure, axes = plt.subplots(len(labels), sharex=True, figsize=(7, 7))
+    labels = {"auroc": "linear probe, AUROC\nunsafe against safe", "task_cosine": "cos(∇W task, ∇W safety)",
+              "probe_cosine": "cos(∇V gap, ∇V task)", "effect": "effect of a probe of\nthe layer's own norm"}
+    figure, axes = plt.subplots(len(labels), sharex=True, figsize=(7, 8))
     for axis, (key, label) in zip(axes, labels.items()):
         axis.plot([row["layer"] for row in rows], [row[key] for row in rows], marker="o", markersize=3)
         axis.set_ylabel(label, fontsize=8)
@@ -178,14 +180,15 @@ def main(argv=None):
     model = load_model(args.path, DTYPES[args.dtype], args.device)
     unsafe = [row["prompt"] for row in splits["eval_unsafe"]]
     probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval))
-    cosines, effects = gradients(args, model, splits, tokenizer)
-    rows = [{"layer": j, **p, "cosine": c, "effect": e} for j, (p, c, e) in enumerate(zip(probes, cosines, effects))]
-    print_table([["layer", "accuracy", "95 %", "AUROC", "cos(g, g_safe)", "effect"]] + [
+    rows = [{"layer": j, **p, **g} for j, (p, g) in enumerate(zip(probes, gradients(args, model, splits, tokenizer)))]
+    print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "effect"]] + [
         [str(r["layer"]), f"{r['accuracy']:.3f}", f"[{r['ci_low']:.3f}, {r['ci_high']:.3f}]", f"{r['auroc']:.3f}",
-         f"{r['cosine']:+.4f}", f"{r['effect']:.3g}"] for r in rows])
-    print(f"linear probes: unsafe against safe prompts at the last prompt token, n = {rows[0]['n']} held out")
-    print("cos(g, g_safe) < 0: a descent step on the task is a step toward harm")
-    print(f"effect: change of <g, g_safe/|g_safe|> by a probe as large as the layer's hidden states; largest: --layers {recommend(effects)}")
+         f"{r['task_cosine']:+.4f}", f"{r['probe_cosine']:+.4f}", f"{r['effect']:.3g}"] for r in rows])
+    print(f"accuracy, AUROC: a linear probe of unsafe against safe prompts at the last prompt token, n = {rows[0]['n']} held out\n"
+          "task_cosine: of the task's and the safety gradient in W; below 0, a descent step on the task is a step toward harm\n"
+          "probe_cosine: of SAP's direction and the task gradient in V; below 0, the probe without --neutral lowers the task loss itself\n"
+          "effect: change of <task gradient, unit safety gradient> by a probe as large as the layer's hidden states\n"
+          f"the third of the layers with the largest effect: --layers {recommend([r['effect'] for r in rows])}")
     if args.out:
         write_json(args.out, rows)
     if args.plot:
@@ -195,6 +198,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -33,7 +33,7 @@ def parse_args(argv=None):
     add("--model", required=True, help="a checkpoint directory, or a name under weights/ (weights/get.py --list)")
     add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap)")
     add("--out_dir", type=Path, help="run directory (default: runs/MODEL)")
-    add("--resume", action="store_true", help="go on with the run in OUT_DIR, to the same weights as without the interruption")
+    add("--resume", action="store_true", help="go on with the run in OUT_DIR, to the same weights as without the interruption; more methods may join it")
     # rows
     add("--task", nargs="+", metavar="FILE", help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON (default: built in)")
     add("--safety", metavar="FILE", help="unsafe prompts with a safe and a harmful answer: JSONL {prompt, safe, harmful}, "
@@ -62,6 +62,7 @@ def parse_args(argv=None):
     # SAP
     add("--radius", type=float, default=0.02, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.02)")
     add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
+    add("--neutral", choices=("on", "off"), default="on", help="the probe leaves the task loss as it is, to first order; off is the paper (default: on)")
     add("--projection", choices=("on", "off"), default="on", help="project the harmful component out of SAP's gradient (default: on)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     # records
@@ -104,9 +105,10 @@ def check_args(args):
 
 
 def claim_out_dir(args):
-    """Make OUT_DIR, or with --resume check that it holds a run of the same arguments. Nothing is ever overwritten."""
+    """Make OUT_DIR, or with --resume check that it holds a run of the same arguments. Nothing is ever overwritten.
+    Methods are not among them: each has its directory, and more can join a run later."""
     file = args.out_dir / "train_args.json"
-    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "resume"}
+    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in ("resume", "method")}
     if not args.resume:
         if args.out_dir.exists() and any(args.out_dir.iterdir()):
             raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")

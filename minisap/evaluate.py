@@ -7,7 +7,7 @@ from minisap.sap import response_nll
 from minisap.stats import bootstrap, wilson
 
 BATCH, MAX_NEW_TOKENS = 32, 32
-SHARES = ("harmful_score", "refusal_rate", "over_refusal", "task_accuracy")
+SHARES = ("harmful_score", "over_refusal")
 
 
 def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS):
@@ -51,12 +51,13 @@ def record(metric, value, n, ci_low=None, ci_high=None, judge=None):
 
 
 def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) -> list[dict]:
-    """Records of harmful_score, refusal_rate, harm_margin (unsafe rows), over_refusal (safe prompts), task_loss (task rows).
-    A set that is empty gives no record."""
+    """Records of the unsafe rows' harmful_score (share of prompts that are answered) and harm_margin (log p(safe answer) −
+    log p(harmful answer), nats per token), of over_refusal (share of safe prompts that are refused) and of task_loss (nats per
+    token). A set that is empty gives no record."""
     records = []
     if unsafe_rows:
-        refused = [is_refusal(text) for text in generate_texts(model, tokenizer, [row["prompt"] for row in unsafe_rows])]
-        records += [share("harmful_score", [not r for r in refused]), share("refusal_rate", refused)]
+        texts = generate_texts(model, tokenizer, [row["prompt"] for row in unsafe_rows])
+        records.append(share("harmful_score", [not is_refusal(text) for text in texts]))
         safe, harmful = (nll_per_row(model, encode_rows(tokenizer, unsafe_rows, max_len, key)) for key in ("safe", "harmful"))
         records.append(mean("harm_margin", [h / hn - s / sn for (s, sn), (h, hn) in zip(safe, harmful)]))
     if safe_prompts:
@@ -78,13 +79,12 @@ def format_value(r):
 
 
 def print_records(records):
-    """One line per (model, method, seed, step), one column per metric, with 95 % intervals."""
-    metrics = list(dict.fromkeys(r["metric"] for r in records))
-    lines = {}
+    """One line per checkpoint, told apart by whatever differs among them, and one column per metric, with 95 % intervals."""
+    keys = [key for key in ("model", "method", "seed", "step") if len({r[key] for r in records}) > 1] or ["model"]
+    metrics, lines = list(dict.fromkeys(r["metric"] for r in records)), {}
     for r in records:
-        lines.setdefault((r["model"], r["method"], r["seed"], r["step"]), {})[r["metric"]] = format_value(r)
-    header = ["model", "method", "seed", "step", *metrics]
-    print_table([header] + [[*map(str, key), *(cells.get(metric, "") for metric in metrics)] for key, cells in lines.items()])
+        lines.setdefault(tuple(str(r[key]) for key in keys), {})[r["metric"]] = format_value(r)
+    print_table([[*keys, *metrics]] + [[*key, *(cells.get(metric, "") for metric in metrics)] for key, cells in lines.items()])
 
 
 def print_table(rows):

@@ -1,7 +1,7 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, pairs, args, state) -> (gradient, log).
 
 batch   the task's examples;  pairs = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
-args    layers, radius, projection, epsilon: see train.py --help
+args    layers, radius, neutral, projection, epsilon: see train.py --help
 state   a dict of tensors and numbers that the method may keep from step to step; it is saved with the run
 """
 import numpy as np
@@ -19,7 +19,7 @@ def sft(model, W, batch, pairs, args, state):
 
 def sap(model, W, batch, pairs, args, state):
     """Safety-Aware Probing (arXiv 2505.16737), then the projection; see sap.py."""
-    return sap_step(model, W, batch, pairs, args.layers, args.radius, args.projection == "on", args.epsilon)
+    return sap_step(model, W, batch, pairs, args.layers, args.radius, args.neutral == "on", args.projection == "on", args.epsilon)
 
 
 def project(model, W, batch, pairs, args, state):
@@ -56,7 +56,7 @@ def released(model, W, batch, pairs, args, state):
     V, layers = None, sorted({model.config.n_layers * j // 32 for j in (3, 9)})
     if "batch" in state:
         g_hat = harmful_direction(model, W, **pairs)
-        d = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
+        d, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
         V = {j: adam_step_from_zero(d[j], state, j) for j in layers}
     state["batch"] = batch
     loss = useful_loss(model, batch, V)

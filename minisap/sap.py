@@ -59,16 +59,19 @@ def zero_probe(model, layers):
 
 
 def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
-    """Line 4 as ε → 0, exactly: ∇_V ⟨∇_W L_useful(W, V), ĝ⟩ at V = 0, {layer: (D,)}. No ε, and no subtraction of nearly equal
-    numbers, so that it survives bfloat16. Fused attention has no second derivative: this pass takes the plain one."""
+    """(∇_V L_su, ∇_V L_useful) at V = 0, both {layer: (D,)}. The first is line 4 as ε → 0, exactly: ∇_V ⟨∇_W L_useful(W, V), ĝ⟩.
+    No ε, and no subtraction of nearly equal numbers, so that it survives bfloat16. Fused attention has no second derivative:
+    this pass takes the plain one."""
     V = zero_probe(model, layers)
     with sdpa_kernel(SDPBackend.MATH):
-        g_W = torch.autograd.grad(useful_loss(model, batch, V, hidden), W, create_graph=True)
-        return dict(zip(V, torch.autograd.grad(inner(g_W, g_hat), list(V.values()))))
+        both = torch.autograd.grad(useful_loss(model, batch, V, hidden), [*W, *V.values()], create_graph=True)
+        g_W, g_V = both[:len(W)], both[len(W):]
+        d = torch.autograd.grad(inner(g_W, g_hat), list(V.values()))
+    return dict(zip(V, d)), {j: g.detach() for j, g in zip(V, g_V)}
 
 
 def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
-    """Line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), with ΔW_harmful = ε ‖W‖ ĝ.
+    """The same pair, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ.
     W comes back bit for bit (from a copy: W + d − d is not W)."""
     V, saved = zero_probe(model, layers), [w.detach().clone() for w in W]
     here = torch.autograd.grad(useful_loss(model, batch, V, hidden), list(V.values()))
@@ -82,20 +85,25 @@ def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden
         with torch.no_grad():
             for w, old in zip(W, saved):
                 w.copy_(old)
-    return {j: b - a for j, a, b in zip(V, here, there)}
+    return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
-def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0):
+def fit_probe(model, W, g_hat, batch, layers, radius, neutral=True, epsilon=0.0):
     """Lines 3 to 5: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by difference
     where ε > 0, and h_j the median norm of layer j's hidden states over the batch's tokens. `radius` is thus a share of the
-    hidden state, and takes the place of the paper's β."""
+    hidden state, and takes the place of the paper's β.
+
+    neutral (ours): d_j loses its component along ∇_V L_useful. On SmolLM2 the two have a cosine of −0.5: half of the paper's
+    probe lowers the task loss, so that W, trained in its presence, need not learn what is missed when the probe is gone."""
     if radius == 0 or not layers:
         return {}
     hidden = []
     if epsilon:
-        d = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
+        d, g_V = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
     else:
-        d = probe_gradient(model, W, g_hat, batch, layers, hidden)
+        d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
+    if neutral:
+        d = {j: d[j] - (d[j] @ u) * u for j, (u,) in ((j, unit([g_V[j]])) for j in layers)}
     return {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
 
 
@@ -111,11 +119,11 @@ def project_out_harm(grads, g_hat):
     return [g - conflict * h for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
-def sap_step(model, W, batch, pairs, layers, radius, projection=True, epsilon=0.0):
+def sap_step(model, W, batch, pairs, layers, radius, neutral=True, projection=True, epsilon=0.0):
     """(gradient, log) of one SAP step, for an optimizer to follow (line 7). pairs = {"safe": batch, "harmful": batch} of the
     same unsafe prompts. radius 0 without projection is SFT, bit for bit."""
     g_hat = harmful_direction(model, W, **pairs)                                    # line 2
-    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon)             # lines 3, 4, 5
+    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, neutral, epsilon)    # lines 3, 4, 5
     loss = useful_loss(model, batch, V_safe)
     g_W = torch.autograd.grad(loss, W)                                              # line 6
     log = {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}

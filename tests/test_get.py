@@ -1,8 +1,11 @@
 """Downloads against a server on localhost that serves a tiny checkpoint, cuts connections, redirects and lies."""
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,3 +197,9 @@ def test_unpermute_turns_interleaved_pairs_into_split_halves():
         for i in range(Dh // 2):
             for s in range(2):
                 assert found[head * Dh + i + s * Dh // 2] == head * Dh + 2 * i + s
+
+
+def test_what_goes_wrong_is_one_line_and_status_2(hub, tmp_path):
+    command = [sys.executable, "weights/get.py", NAME, "--endpoint", "http://127.0.0.1:1", "--out_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=Path(get.__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: http://127.0.0.1:1/")

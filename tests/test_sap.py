@@ -106,13 +106,14 @@ def test_harmful_direction_ignores_scale_and_flips_with_the_answers(world, monke
 def test_probe_gradient_equals_central_differences(world):
     model, W, batch, _ = world
     g_hat, h = g_hat_of(world), 1e-4
-    exact = probe_gradient(model, W, g_hat, batch, LAYERS)
+    d, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
     for j in LAYERS:
         for i in (0, 7, 31):
             e = torch.zeros(32, dtype=torch.float64)
             e[i] = h
-            difference = inner(gradient(model, W, batch, {j: e}), g_hat) - inner(gradient(model, W, batch, {j: -e}), g_hat)
-            assert exact[j][i].item() == pytest.approx(difference.item() / (2 * h), rel=1e-5, abs=1e-9)
+            there, back = ((gradient(model, W, batch, {j: v}), useful_loss(model, batch, {j: v})) for v in (e, -e))
+            assert d[j][i].item() == pytest.approx((inner(there[0], g_hat) - inner(back[0], g_hat)).item() / (2 * h), rel=1e-5, abs=1e-9)
+            assert g_V[j][i].item() == pytest.approx((there[1] - back[1]).item() / (2 * h), rel=1e-5, abs=1e-9)
 
 
 def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identical(world):
@@ -121,7 +122,8 @@ def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identi
     exact = probe_gradient(model, W, g_hat, batch, LAYERS)
     difference = probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=1e-6)
     for j in LAYERS:
-        assert F.cosine_similarity(exact[j], difference[j], dim=0) > 0.99999
+        assert F.cosine_similarity(exact[0][j], difference[0][j], dim=0) > 0.99999
+        torch.testing.assert_close(exact[1][j], difference[1][j])
     assert all(torch.equal(w, old) for w, old in zip(W, before))
 
 
@@ -141,15 +143,29 @@ def test_W_is_restored_when_the_inner_step_fails(world, monkeypatch):
     assert all(torch.equal(w, old) for w, old in zip(W, before))
 
 
-def test_the_probe_turns_the_gradient_away_from_harm_by_the_predicted_amount(world):
+@pytest.mark.parametrize("neutral", [True, False])
+def test_the_probe_turns_the_gradient_away_from_harm_by_the_predicted_amount(world, neutral):
     """⟨∇_W L_useful(W, V) − ∇_W L_useful(W, 0), ĝ⟩ = ⟨V, ∇_V ⟨∇_W L_useful, ĝ⟩⟩ to first order, and > 0."""
     model, W, batch, _ = world
     g_hat = g_hat_of(world)
-    V = fit_probe(model, W, g_hat, batch, LAYERS, radius=1e-3)
-    d = probe_gradient(model, W, g_hat, batch, LAYERS)
+    V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, neutral)
+    d, _ = probe_gradient(model, W, g_hat, batch, LAYERS)
     predicted = sum((V[j] * d[j]).sum() for j in LAYERS).item()
     measured = (inner(gradient(model, W, batch, V), g_hat) - inner(gradient(model, W, batch), g_hat)).item()
     assert measured > 0 and measured == pytest.approx(predicted, rel=0.02)
+
+
+def test_a_neutral_probe_leaves_the_task_loss_alone_and_the_paper_s_is_the_bare_direction(world):
+    model, W, batch, _ = world
+    g_hat = g_hat_of(world)
+    tilt = {}
+    for neutral in (True, False):
+        V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, neutral)
+        up, down = (useful_loss(model, batch, {j: sign * v for j, v in V.items()}) for sign in (1, -1))
+        tilt[neutral] = abs(up - down).item()
+    d, _ = probe_gradient(model, W, g_hat, batch, LAYERS)
+    assert all(F.cosine_similarity(V[j], d[j], dim=0) > 1 - 1e-12 for j in LAYERS)
+    assert tilt[True] < 1e-3 * tilt[False]                                       # third order in the radius against first
 
 
 def test_probe_has_the_asked_norm_relative_to_the_hidden_states(world):
@@ -174,7 +190,7 @@ def test_projection_removes_only_what_leads_to_harm(world):
         torch.testing.assert_close(a, b)
 
 
-ARGS = Namespace(layers=LAYERS, radius=0.1, projection="on", epsilon=0.0, seed=0)
+ARGS = Namespace(layers=LAYERS, radius=0.1, neutral="on", projection="on", epsilon=0.0, seed=0)
 
 
 def test_without_radius_and_projection_sap_is_sft_bit_for_bit(world):
@@ -195,11 +211,12 @@ def test_answers_that_do_not_differ_give_an_sft_step(world):
 def test_sap_is_the_gradient_at_the_probe_then_projected(world):
     model, W, batch, pairs = world
     g_hat = g_hat_of(world)
-    at_probe = gradient(model, W, batch, fit_probe(model, W, g_hat, batch, LAYERS, 0.1))
-    for projection, expected in (("on", project_out_harm(at_probe, g_hat)), ("off", at_probe)):
-        found, _ = METHODS["sap"](model, W, batch, pairs, Namespace(**{**vars(ARGS), "projection": projection}), {})
-        for a, b in zip(found, expected):
-            torch.testing.assert_close(a, b)
+    for neutral in ("on", "off"):
+        at_probe = gradient(model, W, batch, fit_probe(model, W, g_hat, batch, LAYERS, 0.1, neutral == "on"))
+        for projection, expected in (("on", project_out_harm(at_probe, g_hat)), ("off", at_probe)):
+            args = Namespace(**{**vars(ARGS), "neutral": neutral, "projection": projection})
+            for a, b in zip(METHODS["sap"](model, W, batch, pairs, args, {})[0], expected):
+                torch.testing.assert_close(a, b)
 
 
 def test_project_is_sap_without_a_probe(world):
@@ -235,7 +252,7 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
     first, _ = released(model, W, batch, pairs, ARGS, state)
     assert all(torch.equal(a, b) for a, b in zip(first, gradient(model, W, batch)))               # no probe yet
     found, _ = released(model, W, second, pairs, ARGS, state)
-    d = probe_gradient_by_difference(model, W, g_hat_of(world), batch, [0], 2e-5)
+    d, _ = probe_gradient_by_difference(model, W, g_hat_of(world), batch, [0], 2e-5)
     V = {0: 0.05 * d[0] / (d[0].abs() + 1e-8)}                                                     # Adam's first step
     for a, b in zip(found, gradient(model, W, second, V)):
         torch.testing.assert_close(a, b)
@@ -268,6 +285,6 @@ def test_exact_direction_survives_bfloat16_on_the_real_model(real):
     for dtype in (torch.float64, torch.bfloat16):
         model = load_model(real, dtype)
         W = add_lora(model)
-        found[dtype] = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
+        found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
     for j in layers:
         assert F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0) > 0.95

@@ -36,7 +36,7 @@ def test_methods_start_alike_and_leave_checkpoints_that_are_read_again(start, tm
     sft, sap = (read_json(out / method / "eval.json") for method in ("sft", "sap"))
     assert {r["step"] for r in sft} == {2, 4} and {r["method"] for r in sap} == {"sap"}
     assert {"model", "method", "seed", "metric", "value", "n", "ci_low", "ci_high", "judge"} <= sft[0].keys()
-    assert {"harmful_score", "refusal_rate", "harm_margin", "over_refusal", "task_loss", "seconds", "peak_memory_bytes"} == {
+    assert {"harmful_score", "harm_margin", "over_refusal", "task_loss", "seconds", "peak_memory_bytes"} == {
         r["metric"] for r in sft}
     first = [json.loads((out / m / "log.jsonl").read_text().splitlines()[0])["loss"] for m in ("sft", "sap")]
     assert first[0] == pytest.approx(first[1], rel=0.05) and first[0] != first[1]        # the same rows, with a probe
@@ -76,11 +76,11 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
     assert (cut / method / "log.jsonl").read_text() == (whole / method / "log.jsonl").read_text()
 
 
-def test_resume_skips_what_is_finished_and_refuses_other_arguments(start, tmp_path):
+def test_resume_skips_what_is_finished_adds_methods_and_refuses_other_arguments(start, tmp_path):
     out = train(start, tmp_path / "run", "--method", "sft")
     before = (out / "sft" / "model.safetensors").stat().st_mtime_ns
-    train(start, out, "--method", "sft", "--resume")
-    assert (out / "sft" / "model.safetensors").stat().st_mtime_ns == before
+    train(start, out, "--method", "sft", "project", "--resume")
+    assert (out / "sft" / "model.safetensors").stat().st_mtime_ns == before and (out / "project" / "eval.json").exists()
     with pytest.raises(ValueError, match="train_args.json has learning_rate = 0.0005, this command learning_rate = 0.1"):
         train(start, out, "--method", "sft", "--resume", "--learning_rate", "0.1")
 
@@ -105,7 +105,7 @@ def test_curves_average_over_seeds(start, tmp_path, capsys):
 def test_probe_reports_every_layer(start, tmp_path, capsys):
     probe_script.main([str(start), "--n_eval", "12", "--batches", "1", "--batch_size", "2", "--out", str(tmp_path / "probe.json")])
     rows = read_json(tmp_path / "probe.json")
-    assert [row["layer"] for row in rows] == [0, 1] and all(0 <= row["auroc"] <= 1 and -1 <= row["cosine"] <= 1 for row in rows)
+    assert [row["layer"] for row in rows] == [0, 1] and all(0 <= row["auroc"] <= 1 and -1 <= row["task_cosine"] <= 1 for row in rows)
     assert "--layers" in capsys.readouterr().out
 
 
@@ -118,7 +118,7 @@ def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
 
 
 def test_recommended_layers_are_the_third_with_the_largest_effect():
-    assert probe_script.recommend([0, 1, 5, 4, 1, 9]) == "4-5" or probe_script.recommend([0, 1, 5, 4, 1, 9]) == "2-3"
+    assert probe_script.recommend([0, 1, 5, 4, 1, 6]) == "2-3"
 
 
 @pytest.mark.parametrize("text, expected", [("10-12", [10, 11, 12]), ("3,9", [3, 9]), (None, [10, 11, 12, 13, 14, 15, 16, 17, 18, 19])])
