@@ -5,7 +5,6 @@
     python eval.py runs/mine runs/other --curves --plot curve.png   harmful score against task loss, as training recorded it
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from minisap.checkpoint import DTYPES, load_model, read_json, write_json
 from minisap.data import load_safe_prompts, load_splits
 from minisap.evaluate import evaluate, print_records, print_table
+from minisap.script import pyplot, run
 from minisap.tokenizer import FORMATS, Tokenizer
 
 RUN_ARGS = {"task": None, "safety": None, "benign": None, "pairs": 48, "n_eval": 100, "max_len": 256}
@@ -92,10 +92,7 @@ def seeds(values, scale, digits):
 
 def plot_curves(curves, file):
     """Harmful score against task loss, one line a method, each point the mean over seeds of one evaluation."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot().subplots(figsize=(7, 4.5))
     for method, steps in curves.items():
         x, y = ([sum(s[m]) / len(s[m]) for s in steps.values()] for m in ("task_loss", "harmful_score"))
         line, = axes.plot(x, [100 * v for v in y], marker="o", markersize=4, label=method)
@@ -112,6 +109,10 @@ def main(argv=None):
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.plot and not args.curves:
+        raise ValueError("--plot draws the curves that --curves prints; give both")
+    if args.plot:
+        pyplot()
     if args.curves:
         records = read_runs(args.paths)
         curves = average_over_seeds(records)
@@ -126,8 +127,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

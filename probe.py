@@ -6,7 +6,6 @@ where SAP's probe would have most effect.
     python probe.py weights/X --precision                      does the probe's direction survive bfloat16?
 """
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from minisap.data import batch_rows, collate, encode_prompt, encode_rows, load_s
 from minisap.evaluate import print_table
 from minisap.lora import add_lora, linear_layers
 from minisap.sap import (harmful_direction, inner, median_norm, probe_gradient, probe_gradient_by_difference, unit, useful_loss)
+from minisap.script import pyplot, run
 from minisap.stats import auroc, wilson
 from minisap.tokenizer import FORMATS, Tokenizer
 
@@ -152,12 +152,9 @@ def precision(args, splits, tokenizer):
 
 
 def plot_layers(rows, file):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     labels = {"auroc": "linear probe, AUROC\nunsafe against safe", "task_cosine": "cos(∇W task, ∇W safety)",
               "probe_cosine": "cos(∇V gap, ∇V task)", "effect": "effect of a probe of\nthe layer's own norm"}
-    figure, axes = plt.subplots(len(labels), sharex=True, figsize=(7, 8))
+    figure, axes = pyplot().subplots(len(labels), sharex=True, figsize=(7, 8))
     for axis, (key, label) in zip(axes, labels.items()):
         axis.plot([row["layer"] for row in rows], [row[key] for row in rows], marker="o", markersize=3)
         axis.set_ylabel(label, fontsize=8)
@@ -172,6 +169,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.plot:
+        pyplot()
     tokenizer = Tokenizer(args.path, args.chat_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
     if args.precision:
@@ -196,8 +195,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -23,6 +23,7 @@ from minisap.judge import is_refusal
 from minisap.lora import add_lora, merge_lora
 from minisap.methods import METHODS
 from minisap.model import Llama
+from minisap.script import run
 from minisap.tokenizer import FORMATS, Tokenizer
 
 
@@ -270,11 +271,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last saved step", file=sys.stderr)
-        sys.exit(130)
+    run(main, "interrupted; the same command with --resume goes on from the last saved step")

@@ -102,6 +102,13 @@ def test_curves_average_over_seeds(start, tmp_path, capsys):
     assert f"{sum(losses) / 2:.3f} ({losses[0]:.3f}, {losses[1]:.3f})" in capsys.readouterr().out
 
 
+def test_without_matplotlib_a_plot_is_refused_before_any_work(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for script, *more in ((eval_script, "--curves"), (probe_script,)):
+        with pytest.raises(ValueError, match="--plot needs matplotlib: pip install matplotlib"):
+            script.main(["nowhere", "--plot", str(tmp_path / "a.png"), *more])
+
+
 def test_probe_reports_every_layer(start, tmp_path, capsys):
     probe_script.main([str(start), "--n_eval", "12", "--batches", "1", "--batch_size", "2", "--out", str(tmp_path / "probe.json")])
     rows = read_json(tmp_path / "probe.json")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that it runs from anywhere
 from minisap.checkpoint import load_config, read_json, write_json, write_whole
+from minisap.script import run
 from weights.gguf import convert
 
 LLAMA_2, LLAMA_3 = "Llama 2 Community License", "Llama 3 Community License"
@@ -223,11 +224,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+    run(main, "interrupted; the same command goes on where it stopped")
