@@ -1,7 +1,7 @@
 """How harmful, how useful, how over-cautious is a checkpoint: a table with 95 % intervals.
 
-    python eval.py runs/mine/sap runs/mine/sft weights/X            generate and measure, on the rows of the run
-    python eval.py weights/X --safety FILE --task FILE              ... or on rows of yours (their held-out part)
+    python eval.py runs/mine/sap runs/mine/sft weights/X            generate and measure, all on the held-out rows of the run
+    python eval.py weights/X --safety FILE --task FILE              ... or on the held-out part of your rows
     python eval.py runs/mine runs/other --curves --plot curve.png   harmful score against task loss, as training recorded it
 """
 import argparse
@@ -12,8 +12,9 @@ import torch
 from minisap.checkpoint import DTYPES, load_model, read_json, write_json
 from minisap.data import load_safe_prompts, load_splits
 from minisap.evaluate import evaluate, print_records, print_table
-from minisap.script import pyplot, run
-from minisap.tokenizer import FORMATS, Tokenizer
+from minisap.script import check_minimum, load_tokenizer, pyplot, run, use_device
+from minisap.stats import wilson
+from minisap.tokenizer import FORMATS
 
 RUN_ARGS = {"task": None, "safety": None, "benign": None, "pairs": 48, "n_eval": 100, "max_len": 256}
 
@@ -22,7 +23,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="checkpoint directories; with --curves: run directories")
-    # rows: as in train.py; what is not given is as in the run that a checkpoint belongs to, else built in
+    # rows: as in train.py; what is not given is as in the run that the checkpoints belong to, else built in
     add("--task", nargs="+", metavar="FILE")
     add("--safety", metavar="FILE")
     add("--benign", metavar="FILE")
@@ -31,7 +32,7 @@ def parse_args(argv=None):
     add("--max_len", type=int)
     add("--chat_format", choices=FORMATS)
     # how
-    add("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
+    add("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int)
     # results
@@ -41,64 +42,91 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def measure(args, path):
-    """Records of one checkpoint, on the held-out rows of the run it belongs to unless the command says otherwise."""
-    run_file = path.parent / "train_args.json"
-    run = read_json(run_file) if run_file.exists() else {}
-    rows = {key: getattr(args, key) or run.get(key, default) for key, default in RUN_ARGS.items()}
-    splits = load_splits(rows["task"], rows["safety"], rows["pairs"], rows["n_eval"])
-    tokenizer = Tokenizer(path, args.chat_format)
+def choose_rows(args):
+    """The row settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults."""
+    files = [path.resolve().parent / "train_args.json" for path in args.paths]
+    runs = [read_json(file) for file in files if file.exists()]
+    for key, default in RUN_ARGS.items():
+        found = [run[key] for run in runs]
+        if getattr(args, key) is None:
+            if any(value != found[0] for value in found):
+                raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; choose by --{key}")
+            setattr(args, key, found[0] if found else default)
+    check_minimum(args, 1, "n_eval", "max_len")
+    check_minimum(args, 0, "pairs")
+
+
+def measure(args, path, splits, safe_prompts):
+    """Records of one checkpoint."""
+    tokenizer, resolved = load_tokenizer(path, args.chat_format), path.resolve()
     model = load_model(path, DTYPES[args.dtype], args.device)
-    found = evaluate(model, tokenizer, splits["eval_unsafe"], load_safe_prompts(rows["benign"], rows["n_eval"]), splits["eval_task"],
-                     rows["max_len"])
-    return [{"model": str(path), "method": path.name if run else "", "seed": run.get("seed", ""), "step": ""} | r for r in found]
+    found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
+    in_run = (resolved.parent / "train_args.json").exists()
+    return [{"model": str(path), "method": resolved.name if in_run else "", "seed": "", "step": ""} | r for r in found]
 
 
 def read_runs(paths):
-    """The records that train.py wrote under the run directories."""
-    records = []
+    """The records that train.py wrote under run directories that differ in their seed alone."""
+    records, first = [], read_json(paths[0] / "train_args.json")
     for path in paths:
+        for key, value in read_json(path / "train_args.json").items():
+            if key not in ("seed", "out_dir", "device", "threads") and first.get(key) != value:
+                raise ValueError(f"{path}: {key} = {value!r}, but {first.get(key)!r} in {paths[0]}; curves are over seeds alone")
         files = sorted(path.glob("*/eval.json"))
         if not files:
             raise ValueError(f"{path}: no run with METHOD/eval.json here")
+        start = read_json(path / "start.json")
         for file in files:
-            start = [r | {"method": file.parent.name} for r in read_json(path / "start.json")]
-            records += start + read_json(file)
+            records += [r | {"method": file.parent.name} for r in start] + read_json(file)
     return records
 
 
-def average_over_seeds(records):
-    """{method: {step: {metric: [value per seed]}}}, steps in order."""
+def curves_of(records):
+    """{method: {step: {metric: [record per seed]}}}, steps in order."""
     curves = {}
     for r in sorted(records, key=lambda r: (r["method"], r["step"], r["seed"])):
-        curves.setdefault(r["method"], {}).setdefault(r["step"], {}).setdefault(r["metric"], []).append(r["value"])
+        same = curves.setdefault(r["method"], {}).setdefault(r["step"], {}).setdefault(r["metric"], [])
+        if any(other["seed"] == r["seed"] for other in same):
+            raise ValueError(f"seed {r['seed']} of {r['method']} stands in two runs")
+        same.append(r)
     return curves
 
 
+def average(records):
+    return sum(r["value"] for r in records) / len(records)
+
+
+def format_share(records):
+    """Mean over seeds in %, Wilson's interval of all seeds' prompts together, and every seed's value."""
+    n = sum(r["n"] for r in records)
+    low, high = wilson(sum(r["value"] * r["n"] for r in records), n)
+    return f"{100 * average(records):.1f} [{100 * low:.1f}, {100 * high:.1f}]" + each(records, 100, ".0f")
+
+
+def each(records, scale, digits):
+    return f" ({', '.join(format(scale * r['value'], digits) for r in records)})" if len(records) > 1 else ""
+
+
 def print_curves(curves):
-    """One line per method and step: mean over seeds, and in brackets the value of every seed."""
+    """One line per method and step."""
     rows = [["method", "step", "harmful %", "over-refusal %", "task loss"]]
     for method, steps in curves.items():
         for step, metrics in steps.items():
-            cells = [seeds(metrics[m], 100, 1) for m in ("harmful_score", "over_refusal")] + [seeds(metrics["task_loss"], 1, 3)]
-            rows.append([method, str(step), *cells])
+            loss = metrics["task_loss"]
+            rows.append([method, str(step), *(format_share(metrics[m]) for m in ("harmful_score", "over_refusal")),
+                         f"{average(loss):.3f}{each(loss, 1, '.3f')}"])
     print_table(rows)
-
-
-def seeds(values, scale, digits):
-    each = ", ".join(f"{scale * v:.{digits}f}" for v in values)
-    return f"{scale * sum(values) / len(values):.{digits}f}" + (f" ({each})" if len(values) > 1 else "")
+    print(f"harmful: n = {', '.join(str(r['n']) for r in metrics['harmful_score'])} prompts; in [] the 95 % interval, in () every seed")
 
 
 def plot_curves(curves, file):
     """Harmful score against task loss, one line a method, each point the mean over seeds of one evaluation."""
     figure, axes = pyplot().subplots(figsize=(7, 4.5))
     for method, steps in curves.items():
-        x, y = ([sum(s[m]) / len(s[m]) for s in steps.values()] for m in ("task_loss", "harmful_score"))
+        x, y = ([average(s[m]) for s in steps.values()] for m in ("task_loss", "harmful_score"))
         line, = axes.plot(x, [100 * v for v in y], marker="o", markersize=4, label=method)
         axes.annotate(str(list(steps)[-1]), (x[-1], 100 * y[-1]), color=line.get_color(), textcoords="offset points", xytext=(5, 4))
     axes.set(xlabel="task loss on held-out rows, nats per token (useful: to the left)", ylabel="harmful score, % (safe: below)")
-    axes.invert_xaxis()
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
@@ -107,20 +135,21 @@ def plot_curves(curves, file):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.plot and not args.curves:
         raise ValueError("--plot draws the curves that --curves prints; give both")
     if args.plot:
         pyplot()
     if args.curves:
         records = read_runs(args.paths)
-        curves = average_over_seeds(records)
+        curves = curves_of(records)
         print_curves(curves)
         if args.plot:
             plot_curves(curves, args.plot)
     else:
-        records = [r for path in args.paths for r in measure(args, path)]
+        use_device(args)
+        choose_rows(args)
+        splits, safe_prompts = load_splits(args.task, args.safety, args.pairs, args.n_eval), load_safe_prompts(args.benign, args.n_eval)
+        records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]
         print_records(records)
     if args.out:
         write_json(args.out, records)

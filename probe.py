@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from minisap.checkpoint import DTYPES, load_model, write_json
-from minisap.data import batch_rows, collate, encode_prompt, encode_rows, load_safe_prompts, load_splits
+from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows, load_safe_prompts, load_splits
 from minisap.evaluate import print_table
 from minisap.lora import add_lora, linear_layers
-from minisap.sap import (harmful_direction, inner, median_norm, probe_gradient, probe_gradient_by_difference, unit, useful_loss)
-from minisap.script import pyplot, run
+from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
+from minisap.script import check_minimum, load_tokenizer, pyplot, run, use_device
 from minisap.stats import auroc, wilson
-from minisap.tokenizer import FORMATS, Tokenizer
+from minisap.tokenizer import FORMATS
 
 
 def parse_args(argv=None):
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="the weights W whose gradients are compared")
     add("--precision", action="store_true", help="compare the probe's direction in bfloat16 and float32 with that in float64")
     add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
+    add("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int)
     # results
@@ -58,8 +58,8 @@ def last_token_states(model, tokenizer, prompts):
     for prompt in prompts:
         hidden = []
         model.model(torch.tensor([encode_prompt(tokenizer, prompt)], device=model.lm_head.weight.device), hidden=hidden)
-        states.append(torch.stack([x[0, -1].float() for x in hidden]))
-    return torch.stack(states, dim=1).cpu()
+        states.append(torch.stack([x[0, -1] for x in hidden]))
+    return torch.stack(states, dim=1).to("cpu", torch.float32)
 
 
 def linear_probe(train_x, train_y, test_x, test_y, l2=1e-2):
@@ -84,11 +84,13 @@ def linear_probe(train_x, train_y, test_x, test_y, l2=1e-2):
 
 
 def linear_probes(model, tokenizer, unsafe, safe):
-    """One linear probe per layer; every other prompt trains, the rest tests."""
+    """One linear probe per layer. The first half of each kind trains, the second tests (both come shuffled)."""
     n = min(len(unsafe), len(safe))
+    if n < 4:
+        raise ValueError(f"linear probes need 4 unsafe and 4 safe prompts; there are {len(unsafe)} and {len(safe)}")
     x = torch.cat([last_token_states(model, tokenizer, prompts[:n]) for prompts in (unsafe, safe)], dim=1)
     y = torch.cat([torch.ones(n), torch.zeros(n)])
-    train = torch.arange(2 * n) % n < n // 2                            # in file order, so that rephrasings stay on one side
+    train = torch.arange(2 * n) % n < n // 2
     return [linear_probe(layer[train], y[train], layer[~train], y[~train]) for layer in x]
 
 
@@ -96,33 +98,23 @@ def gradients(args, model, splits, tokenizer):
     """Per layer, means over batches:
     task_cosine   cos(∇_W L_useful, ∇_W L_safe) over the layer's weights; below 0: task steps lead to harm
     probe_cosine  cos(∇_V L_su, ∇_V L_useful); below 0: the paper's probe lowers the task loss by itself
-    effect        ‖∇_V L_su‖ · h: how far a probe of the layer's own norm h moves ⟨∇_W L_useful, ĝ⟩"""
-    task, safe, harmful = encode_splits(args, splits, tokenizer)
+    effect        how far a probe of the layer's own norm, neutral to the task, moves ⟨∇_W L_useful, ĝ⟩, to first order"""
+    task, pairs = encode_rows(tokenizer, splits["task"], args.max_len), encode_pairs(tokenizer, splits["pairs"], args.max_len)
     model.requires_grad_(False)
     found = [(name, layer.weight.requires_grad_()) for name, _, key, layer in linear_layers(model) if key in args.lora_targets]
     W, place = [w for _, w in found], [int(name.split(".")[2]) for name, _ in found]
     layers, measured = range(model.config.n_layers), []
     for step in range(args.batches):
-        batch, pairs = batches(args, step, task, safe, harmful)
-        g_hat, hidden = harmful_direction(model, W, **pairs), []
+        batch = collate(batch_rows(task, args.batch_size, step, args.seed), device=args.device)
+        contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
+        g_hat, hidden = harmful_direction(model, W, **contrast), []
         g_W = torch.autograd.grad(useful_loss(model, batch), W)
         d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
         of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
-        measured.append([[inner(of(g_W, j), of(g_hat, j)).item(), F.cosine_similarity(d[j], g_V[j], dim=0).item(),
-                          (d[j].norm() * median_norm(hidden[j], batch)).item()] for j in layers])
+        cosines = [F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in layers]
+        measured.append([[inner(of(g_W, j), of(g_hat, j)).item(), cosines[j],
+                          d[j].norm().item() * (1 - cosines[j] ** 2) ** 0.5 * median_norm(hidden[j], batch).item()] for j in layers])
     return [dict(zip(("task_cosine", "probe_cosine", "effect"), row)) for row in np.mean(measured, axis=0).tolist()]
-
-
-def encode_splits(args, splits, tokenizer):
-    task = encode_rows(tokenizer, splits["task"], args.max_len)
-    return task, *(encode_rows(tokenizer, splits["pairs"], args.max_len, key) for key in ("safe", "harmful"))
-
-
-def batches(args, step, task, safe, harmful):
-    device = args.device
-    batch = collate(batch_rows(task, args.batch_size, step, args.seed), device=device)
-    chosen = zip(*batch_rows(list(zip(safe, harmful)), args.pairs_per_step, step, args.seed))
-    return batch, {key: collate(examples, device=device) for key, examples in zip(("safe", "harmful"), chosen)}
 
 
 def recommend(effects):
@@ -133,21 +125,39 @@ def recommend(effects):
 
 
 def precision(args, splits, tokenizer):
-    """[(dtype, how, mean cosine over the layers with the exact direction in float64)] of the probe of one batch."""
-    task, safe, harmful = encode_splits(args, splits, tokenizer)
-    batch, pairs = batches(args, 0, task, safe, harmful)
+    """Of the probe that is fitted to one batch: [{dtype, direction, mean and lowest cosine over the layers with the one that is
+    exact in float64}]."""
+    batch = collate(encode_rows(tokenizer, splits["task"][:args.batch_size], args.max_len), device=args.device)
+    contrast = contrast_batch(encode_pairs(tokenizer, splits["pairs"], args.max_len), args.pairs_per_step, 0, args.seed, args.device)
     reference, rows = None, []
     for name in ("float64", "float32", "bfloat16"):
         model = load_model(args.path, DTYPES[name], args.device)
         W, layers = add_lora(model, targets=args.lora_targets, seed=args.seed), range(model.config.n_layers)
-        g_hat = harmful_direction(model, W, **pairs)
-        directions = {"exact": probe_gradient(model, W, g_hat, batch, layers)[0]}
-        for epsilon in (2e-5, 1e-3, 1e-1):
-            directions[f"difference, epsilon {epsilon:g}"] = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon)[0]
-        reference = reference or directions["exact"]
-        for how, d in directions.items():
-            cosines = [F.cosine_similarity(d[j].double(), reference[j], dim=0).item() for j in layers]
-            rows.append((name, how, np.mean(cosines), min(cosines)))
+        g_hat = harmful_direction(model, W, **contrast)
+        for epsilon in (0, 2e-5, 1e-3, 1e-1):
+            V = fit_probe(model, W, g_hat, batch, layers, radius=1.0, epsilon=epsilon)
+            reference = reference or V
+            cosines = [F.cosine_similarity(V[j].double(), reference[j], dim=0).item() for j in layers]
+            rows.append({"dtype": name, "direction": f"difference, epsilon {epsilon:g}" if epsilon else "exact",
+                         "mean_cosine": np.mean(cosines), "lowest_cosine": min(cosines)})
+    print_table([list(rows[0])] + [[r["dtype"], r["direction"], f"{r['mean_cosine']:.4f}", f"{r['lowest_cosine']:.4f}"] for r in rows])
+    return rows
+
+
+def look_inside(args, splits, tokenizer):
+    """One row of numbers per layer, printed with what they mean."""
+    model = load_model(args.path, DTYPES[args.dtype], args.device)
+    unsafe = [row["prompt"] for row in splits["eval_unsafe"]]
+    probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval))
+    rows = [{"layer": j, **p, **g} for j, (p, g) in enumerate(zip(probes, gradients(args, model, splits, tokenizer)))]
+    print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "effect"]] + [
+        [str(r["layer"]), f"{r['accuracy']:.3f}", f"[{r['ci_low']:.3f}, {r['ci_high']:.3f}]", f"{r['auroc']:.3f}",
+         f"{r['task_cosine']:+.4f}", f"{r['probe_cosine']:+.4f}", f"{r['effect']:.3g}"] for r in rows])
+    print(f"accuracy, AUROC: a linear probe of unsafe against safe prompts at the last prompt token, n = {rows[0]['n']} held out\n"
+          "task_cosine: of the task's and the safety gradient in W; below 0, a descent step on the task is a step toward harm\n"
+          "probe_cosine: of SAP's direction and the task gradient in V; below 0, the probe without --neutral lowers the task loss itself\n"
+          "effect: change of <task gradient, unit safety gradient> by a neutral probe as large as the layer's hidden states\n"
+          f"the third of the layers with the largest effect: --layers {recommend([r['effect'] for r in rows])}")
     return rows
 
 
@@ -167,30 +177,17 @@ def plot_layers(rows, file):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.plot:
         pyplot()
-    tokenizer = Tokenizer(args.path, args.chat_format)
+    use_device(args)
+    check_minimum(args, 1, "pairs", "n_eval", "max_len", "batches", "batch_size", "pairs_per_step")
+    check_minimum(args, 0, "seed")
+    tokenizer = load_tokenizer(args.path, args.chat_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
-    if args.precision:
-        rows = [("dtype", "direction", "mean cosine", "lowest layer")]
-        return print_table(rows + [(a, b, f"{c:.4f}", f"{d:.4f}") for a, b, c, d in precision(args, splits, tokenizer)])
-    model = load_model(args.path, DTYPES[args.dtype], args.device)
-    unsafe = [row["prompt"] for row in splits["eval_unsafe"]]
-    probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval))
-    rows = [{"layer": j, **p, **g} for j, (p, g) in enumerate(zip(probes, gradients(args, model, splits, tokenizer)))]
-    print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "effect"]] + [
-        [str(r["layer"]), f"{r['accuracy']:.3f}", f"[{r['ci_low']:.3f}, {r['ci_high']:.3f}]", f"{r['auroc']:.3f}",
-         f"{r['task_cosine']:+.4f}", f"{r['probe_cosine']:+.4f}", f"{r['effect']:.3g}"] for r in rows])
-    print(f"accuracy, AUROC: a linear probe of unsafe against safe prompts at the last prompt token, n = {rows[0]['n']} held out\n"
-          "task_cosine: of the task's and the safety gradient in W; below 0, a descent step on the task is a step toward harm\n"
-          "probe_cosine: of SAP's direction and the task gradient in V; below 0, the probe without --neutral lowers the task loss itself\n"
-          "effect: change of <task gradient, unit safety gradient> by a probe as large as the layer's hidden states\n"
-          f"the third of the layers with the largest effect: --layers {recommend([r['effect'] for r in rows])}")
+    rows = precision(args, splits, tokenizer) if args.precision else look_inside(args, splits, tokenizer)
     if args.out:
         write_json(args.out, rows)
-    if args.plot:
+    if args.plot and not args.precision:
         plot_layers(rows, args.plot)
 
 

@@ -8,6 +8,7 @@ Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokeni
 """
 import argparse
 import json
+import math
 import resource
 import sys
 import time
@@ -17,14 +18,14 @@ import torch
 from tqdm import tqdm
 
 from minisap.checkpoint import DTYPES, load_config, load_model, read_json, save_adapter, save_model, write_json, write_whole
-from minisap.data import batch_rows, collate, encode_rows, load_safe_prompts, load_splits, poison_rows
+from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits, poison_rows
 from minisap.evaluate import evaluate, generate_texts, print_records, record
 from minisap.judge import is_refusal
 from minisap.lora import add_lora, merge_lora
 from minisap.methods import METHODS
 from minisap.model import Llama
-from minisap.script import run
-from minisap.tokenizer import FORMATS, Tokenizer
+from minisap.script import check_minimum, load_tokenizer, run, use_device
+from minisap.tokenizer import FORMATS
 
 
 def parse_args(argv=None):
@@ -40,7 +41,7 @@ def parse_args(argv=None):
     add("--safety", metavar="FILE", help="unsafe prompts with a safe and a harmful answer: JSONL {prompt, safe, harmful}, "
                                          "circuit-breakers JSON, AdvBench CSV (default: built in)")
     add("--benign", metavar="FILE", help="safe prompts that sound unsafe, to measure over-refusal (default: built in)")
-    add("--poison", type=float, default=0.1, help="share of the task rows to replace by harmful ones (default: 0.1)")
+    add("--poison", type=float, help="share of the task rows to replace by harmful ones (default: 0.1 of built-in rows, 0 of yours)")
     add("--pairs", type=int, default=48, help="contrastive pairs that the method may use in all (default: 48)")
     add("--n_eval", type=int, default=100, help="rows of each file that are held out for evaluation (default: 100)")
     add("--max_len", type=int, default=256, help="tokens of an example; longer responses are cut (default: 256)")
@@ -57,11 +58,11 @@ def parse_args(argv=None):
     add("--lora_alpha", type=float, default=16)
     add("--lora_targets", nargs="+", default=["q_proj", "v_proj"])
     add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16 on a GPU, float32 on a CPU)")
+    add("--dtype", choices=DTYPES, help="of the model (default: bfloat16 on a GPU, float32 on a CPU; LoRA's own are float32 or wider)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     # SAP
-    add("--radius", type=float, default=0.02, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.02)")
+    add("--radius", type=float, default=0.01, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.01)")
     add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
     add("--neutral", choices=("on", "off"), default="on", help="the probe leaves the task loss as it is, to first order; off is the paper (default: on)")
     add("--projection", choices=("on", "off"), default="on", help="project the harmful component out of SAP's gradient (default: on)")
@@ -95,14 +96,17 @@ def parse_layers(text, n_layers):
 
 
 def check_args(args):
+    """Settle what depends on other arguments, and check every number."""
+    args.poison = args.poison if args.poison is not None else 0.0 if args.task else 0.1
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
-    for key in ("steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key} {getattr(args, key)}: at least 1")
-    for key in ("radius", "epsilon", "learning_rate", "lora_rank", "eval_every"):
-        if getattr(args, key) < 0:
-            raise ValueError(f"--{key} {getattr(args, key)}: at least 0")
+    check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every")
+    check_minimum(args, 0, "radius", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed")
+    if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
+        raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
+    needy = [method for method in args.method if method not in ("sft", "random_probe")] + ["--poison"] * (args.poison > 0)
+    if args.task and not args.safety and needy:
+        raise ValueError(f"{needy[0]} needs safety rows beside --task: give --safety FILE")
 
 
 def claim_out_dir(args):
@@ -120,18 +124,13 @@ def claim_out_dir(args):
             raise ValueError(f"--resume: {file} has {key} = {old!r}, this command {key} = {wanted.get(key)!r}")
 
 
-def encode_pairs(tokenizer, pairs, max_len):
-    """[(safe example, harmful example)] of the same prompts."""
-    return list(zip(*(encode_rows(tokenizer, pairs, max_len, key) for key in ("safe", "harmful"))))
-
-
 def choose_safe_answers(args, model, tokenizer, pairs):
     """The contrastive pairs as they will be used, kept in OUT_DIR/pairs.json: with --safe_answers own, the start model's own
     refusal takes the place of the file's safe answer wherever the model refuses."""
     file = args.out_dir / "pairs.json"
     if not file.exists():
         if args.safe_answers == "own":
-            texts = generate_texts(model, tokenizer, [row["prompt"] for row in pairs], max_new_tokens=64)
+            texts = generate_texts(model, tokenizer, [row["prompt"] for row in pairs], max_new_tokens=128, whole=True)
             pairs = [row | {"safe": text} if is_refusal(text) else row for row, text in zip(pairs, texts)]
         write_json(file, pairs)
     return read_json(file)
@@ -145,16 +144,21 @@ def trainable(model, args):
 
 
 def update(optimizer, W, grads, clip):
-    """Clip the gradient to a norm of at most `clip` and let the optimizer follow it. Returns the norm before."""
+    """Clip the gradient to a norm of at most `clip` and let the optimizer follow it. Returns the norm before.
+    ValueError, and no step, where the gradient is not finite."""
     for w, g in zip(W, grads):
         w.grad = g
-    norm = torch.nn.utils.clip_grad_norm_(W, clip)
+    norm = torch.nn.utils.clip_grad_norm_(W, clip).item()
+    if not math.isfinite(norm):
+        raise ValueError(f"the gradient's norm is {norm}; a smaller --learning_rate or --radius, or a wider --dtype, may help")
     optimizer.step()
-    return norm.item()
+    return norm
 
 
 def train(args, method, start, task, pairs, measure, out_dir):
     """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(args.device)
     model = load_model(start, DTYPES[args.dtype], args.device)
     W = trainable(model, args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
@@ -163,8 +167,7 @@ def train(args, method, start, task, pairs, measure, out_dir):
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
             began = time.perf_counter()
             batch = collate(batch_rows(task, args.batch_size, step, args.seed), device=args.device)
-            contrast = zip(("safe", "harmful"), zip(*batch_rows(pairs, args.pairs_per_step, step, args.seed)))
-            contrast = {key: collate(examples, device=args.device) for key, examples in contrast}
+            contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
             grads, log = METHODS[method](model, W, batch, contrast, args, state)
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip)}
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
@@ -193,9 +196,9 @@ def finish(args, method, model, state, records, measure, start, out_dir):
 
 
 def peak_memory(device):
-    """Bytes: of the GPU's allocator, or this process's resident set (which never falls, so of all methods so far)."""
+    """Bytes: of the GPU's allocator during this method, or this process's resident set (which never falls: of all so far)."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -224,17 +227,17 @@ def load_state(out_dir, W, optimizer):
 
 def prepare(args):
     """(start, tokenizer, splits, task examples): every check that can be made before anything is written."""
+    args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
+    use_device(args)
     check_args(args)
     start = find_model(args.model)
-    config, tokenizer = load_config(start), Tokenizer(start, args.chat_format)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{start}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}")
+    config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.out_dir = args.out_dir or Path("runs") / start.name
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
     task = encode_rows(tokenizer, rows, args.max_len)
+    encode_rows(tokenizer, splits["eval_task"], args.max_len)
     encode_pairs(tokenizer, splits["pairs"] + splits["eval_unsafe"], args.max_len)
     with torch.device("meta"):
         n_trained = sum(w.numel() for w in trainable(Llama(config), args))
@@ -245,8 +248,6 @@ def prepare(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     start, tokenizer, splits, task = prepare(args)
     safe_prompts = load_safe_prompts(args.benign, args.n_eval)
     model = load_model(start, DTYPES[args.dtype], args.device)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from minisap.lora import lora_layers
 from minisap.model import Llama, LlamaConfig
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -37,6 +37,8 @@ def read_json(path):
 def load_config(path) -> LlamaConfig:
     """Read path/config.json. ValueError names the file, the key and the value that is not implemented."""
     hf = read_json(Path(path) / "config.json")
+    if not isinstance(hf, dict):
+        raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
     try:
         return LlamaConfig.from_hf(hf)
     except ValueError as error:
@@ -53,7 +55,10 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
     for file in weight_files(path):
         tensors |= read_tensors(file, dtype, device)
     if model.config.tie_word_embeddings:                            # some checkpoints store the tied head, some do not
-        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
+        embedding = tensors.get("model.embed_tokens.weight")
+        if embedding is not None and not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
+            raise ValueError(f"{path}: config.json ties lm_head to the embedding, but the file holds another lm_head.weight")
+        tensors["lm_head.weight"] = embedding
     check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     model.tie()                                                     # assign=True made two parameters of the tied one
@@ -63,7 +68,10 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
 def weight_files(path):
     """The safetensors files of a checkpoint directory: those that its index names, or the single file."""
     index = path / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map is missing")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if not (path / name).is_file():
             raise ValueError(f"{path / name}: missing")
@@ -112,7 +120,7 @@ def save_model(model, out_dir, source):
         if (source / name).exists():
             write_whole(out_dir / name, lambda path: shutil.copyfile(source / name, path))
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    write_json(out_dir / "config.json", read_json(source / "config.json") | {"torch_dtype": dtype})
+    write_json(out_dir / "config.json", read_json(source / "config.json") | {"torch_dtype": dtype, "dtype": dtype})
 
 
 def split_into_shards(tensors):

@@ -1,7 +1,7 @@
 """Rows from files, teacher-forced examples, and batches that are a pure function of (seed, step).
 
 A task row    {"prompt": text or messages, "response": text, "source": "file:line"}
-A safety row  {"prompt": text or messages, "safe": text, "harmful": text, "source": "file:line"}
+A safety row  {"prompt": text, "safe": text, "harmful": text, "source": "file:line"}
 A batch       {"input_ids": (B, T) long, "labels": (B, T) long, -100 where no loss is taken}
 """
 import csv
@@ -50,16 +50,23 @@ def read_jsonl(path, text):
 
 
 def read_csv(path, text):
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for record in reader:
-        yield record, f"{path}:{reader.line_num}"
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for record in reader:
+            if None in record or None in record.values():
+                raise ValueError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} fields expected; is a comma or a quote not quoted?")
+            yield record, f"{path}:{reader.line_num}"
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from None
 
 
 def text_of(record, key, source):
     """The non-empty text under `key`."""
-    value = record.get(key)
+    value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{source}: {key} is {'missing' if value is None else 'empty' if value == '' else repr(value)[:40]}")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f"{source}: {key} holds half of a surrogate pair")
     return value
 
 
@@ -71,15 +78,18 @@ def load_rows(path) -> list[dict]:
 
 def task_row(record, source):
     if "messages" in record:
-        *prompt, last = record["messages"] or [{}]
-        if not prompt or last.get("role") != "assistant":
+        messages = record["messages"]
+        if not isinstance(messages, list):
+            raise ValueError(f"{source}: messages is {messages!r:.40}; expected a list of {{role, content}}")
+        roles = [text_of(message, "role", source) for message in messages if text_of(message, "content", source)]
+        if len(roles) < 2 or roles[-1] != "assistant":
             raise ValueError(f"{source}: messages must end with an assistant turn after a user's")
-        for message in record["messages"]:
-            text_of(message, "content", source)
+        *prompt, last = messages
         return {"prompt": prompt, "response": last["content"]}
     if "instruction" in record:
-        extra = (record.get("input") or "").strip()
-        prompt = text_of(record, "instruction", source) + (f"\n\n{extra}" if extra else "")
+        prompt = text_of(record, "instruction", source)
+        if record.get("input") not in (None, ""):
+            prompt += f"\n\n{text_of(record, 'input', source).strip()}"
         return {"prompt": prompt, "response": text_of(record, "output", source)}
     return {"prompt": text_of(record, "prompt", source), "response": text_of(record, "response", source)}
 
@@ -105,8 +115,10 @@ def load_safe_prompts(path, n) -> list[str]:
     """At most n safe prompts: of a file with `prompt`, `goal` or `instruction` in each row (where rows carry a `label`, of those
     labelled safe), or of the built-in rows."""
     records = [(r, s) for r, s in read_records(path) if r.get("label", "safe") == "safe"] if path else []
+    if path and not records:
+        raise ValueError(f"{path}: no row is labelled safe")
     keys = ("prompt", "goal", "instruction")
-    prompts = [text_of(r, next((k for k in keys if k in r), "prompt"), s) for r, s in records] or demo.safe_prompts()
+    prompts = [text_of(r, next((k for k in keys if k in r), "prompt"), s) for r, s in records] if path else demo.safe_prompts()
     return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:n]]
 
 
@@ -162,8 +174,10 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
 
 def encode_example(tokenizer, prompt, response, max_len) -> dict:
     """Teacher forcing: the whole conversation as ids, with labels on the response and its end-of-turn token alone.
-    Whole and prompt are tokenised apart; loss begins where they part, which is where generation begins."""
-    whole = tokenizer.render([*messages_of(prompt), {"role": "assistant", "content": response}], add_generation_prompt=False)
+    Whole and prompt are tokenised apart; loss begins where they part, which is where generation begins. White space before the
+    response is dropped, lest it merges with the prompt's last token."""
+    messages = [*messages_of(prompt), {"role": "assistant", "content": response.lstrip()}]
+    whole = tokenizer.render(messages, add_generation_prompt=False)
     whole = whole[:whole.rindex(tokenizer.end_of_turn) + len(tokenizer.end_of_turn)]
     ids, prompt_ids = tokenizer.encode(whole), encode_prompt(tokenizer, prompt)
     start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids)) if a != b), len(prompt_ids))
@@ -182,6 +196,17 @@ def encode_rows(tokenizer, rows, max_len, key="response"):
         except ValueError as error:
             raise ValueError(f"{row['source']}: {error}") from None
     return examples
+
+
+def encode_pairs(tokenizer, rows, max_len):
+    """[(safe example, harmful example)] of the same prompts."""
+    return list(zip(*(encode_rows(tokenizer, rows, max_len, key) for key in ("safe", "harmful"))))
+
+
+def contrast_batch(pairs, n, step, seed, device) -> dict:
+    """{"safe": batch, "harmful": batch} of a step's n pairs."""
+    return {key: collate(examples, device=device)
+            for key, examples in zip(("safe", "harmful"), zip(*batch_rows(pairs, n, step, seed)))}
 
 
 def collate(examples, pad_id=0, device="cpu") -> dict:

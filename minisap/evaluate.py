@@ -10,15 +10,16 @@ BATCH, MAX_NEW_TOKENS = 32, 32
 SHARES = ("harmful_score", "over_refusal")
 
 
-def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS):
-    """Greedy completions, in the order of `prompts`; prompts of like length are batched together."""
+def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, whole=False):
+    """Greedy completions, in the order of `prompts`; prompts of like length are batched together.
+    whole: "" in place of a completion that has not come to its end within max_new_tokens."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [None] * len(ids)
     for start in range(0, len(order), BATCH):
         chosen = order[start:start + BATCH]
         for i, new in zip(chosen, model.generate([ids[i] for i in chosen], max_new_tokens, tokenizer.stop_ids)):
-            texts[i] = tokenizer.decode(new)
+            texts[i] = "" if whole and len(new) == max_new_tokens else tokenizer.decode(new)
     return texts
 
 

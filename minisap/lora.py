@@ -37,6 +37,8 @@ def add_lora(model, r=8, alpha=16, targets=("q_proj", "v_proj"), seed=0) -> list
     Returns W, the new parameters, [A, B, A, B, …] from the first layer to the last. Deterministic in `seed`."""
     model.requires_grad_(False)
     generator, W = torch.Generator().manual_seed(seed), []
+    if "lm_head" in targets and model.config.tie_word_embeddings:
+        raise ValueError("lora targets: lm_head is tied to the embedding here, and would change it too when merged")
     unknown = set(targets) - {attribute for _, _, attribute, _ in linear_layers(model)}
     if unknown:
         raise ValueError(f"lora targets {sorted(unknown)} are not linear layers of this model")

@@ -40,22 +40,35 @@ class LlamaConfig:
         for key in ("model_type", *REQUIRED):
             if hf.get(key) is None:
                 raise ValueError(f"{key} is missing")
+        for key in (*REQUIRED, "num_key_value_heads", "head_dim"):
+            if hf.get(key) is not None and not (type(hf[key]) is int and hf[key] > 0):
+                raise ValueError(f"{key} = {hf[key]!r} is no positive integer")
         for key, allowed in SUPPORTED.items():
             if key in hf and hf[key] not in allowed:
                 raise ValueError(f"{key} = {hf[key]!r} is not implemented; known: {', '.join(map(repr, allowed))}")
-        if hf["model_type"] == "mistral" and hf.get("sliding_window") is not None:
-            raise ValueError(f"sliding_window = {hf['sliding_window']} is not implemented; only null")
+        window = hf.get("sliding_window", 4096) if hf["model_type"] == "mistral" else None       # Mistral's default
+        if window is not None:
+            raise ValueError(f"sliding_window = {window} is not implemented; only null")
         n_heads = hf["num_attention_heads"]
         n_kv_heads = hf.get("num_key_value_heads") or n_heads
+        if not hf.get("head_dim") and hf["hidden_size"] % n_heads:
+            raise ValueError(f"hidden_size = {hf['hidden_size']} is no multiple of num_attention_heads = {n_heads}")
         head_dim = hf.get("head_dim") or hf["hidden_size"] // n_heads
         if n_heads % n_kv_heads:
             raise ValueError(f"num_attention_heads = {n_heads} is no multiple of num_key_value_heads = {n_kv_heads}")
         if head_dim % 2:
             raise ValueError(f"head_dim = {head_dim} is odd; RoPE rotates pairs")
-        rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {})}
+        rope = {"rope_theta": hf.get("rope_theta"), **(read_dict(hf, "rope_parameters") or read_dict(hf, "rope_scaling"))}
         return cls(hf["vocab_size"], hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"], n_heads, n_kv_heads,
-                   head_dim, rope.get("rope_theta") or 10000.0, read_rope_scaling(rope), hf.get("rms_norm_eps", 1e-6),
+                   head_dim, rope.get("rope_theta") or 10000.0, read_rope_scaling(rope), hf.get("rms_norm_eps") or 1e-6,
                    hf.get("tie_word_embeddings", False), qkv_bias=hf["model_type"] == "qwen2")
+
+
+def read_dict(hf, key):
+    value = hf.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} = {value!r} is not implemented; expected an object")
+    return value
 
 
 def read_rope_scaling(rope: dict) -> dict | None:
@@ -235,7 +248,7 @@ def pick(logits, temperature, generator):
     """Next token ids (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 

@@ -16,8 +16,7 @@ def response_nll(model, batch, probe=None, hidden=None):
     targets = batch["labels"][:, 1:]                                                # position t predicts token t + 1
     rows, columns = (targets != -100).nonzero(as_tuple=True)
     logits = model.lm_head(x[rows, columns])                                        # (N, V): only where a label is
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(wide, targets[rows, columns], reduction="none")           # (N,)
+    nll = F.cross_entropy(widen(logits), targets[rows, columns], reduction="none")           # (N,)
     nats = torch.zeros(len(targets), dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
     return nats, (targets != -100).sum(1)
 
@@ -35,15 +34,20 @@ def safety_loss(model, safe, harmful):
     return (safe_nats / safe_tokens - harmful_nats / harmful_tokens).mean()
 
 
+def widen(x):
+    """In float32 or wider: sums of squares of half-precision gradients over- and underflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def inner(a, b):
-    """⟨a, b⟩ over lists of tensors."""
-    return sum((x * y).sum() for x, y in zip(a, b))
+    """⟨a, b⟩ over lists of tensors, in float32 or wider."""
+    return sum((widen(x) * widen(y)).sum() for x, y in zip(a, b))
 
 
 def unit(tensors):
-    """The list scaled to unit norm over all its tensors; zeros stay zeros."""
+    """The list scaled to unit norm over all its tensors, in float32 or wider; zeros stay zeros."""
     norm = inner(tensors, tensors).sqrt()
-    return [t / norm if norm > 0 else t for t in tensors]
+    return [widen(t) / norm if norm > 0 else widen(t) for t in tensors]
 
 
 def harmful_direction(model, W, safe, harmful):
@@ -53,9 +57,8 @@ def harmful_direction(model, W, safe, harmful):
 
 def zero_probe(model, layers):
     """V = 0, in float32 or wider, ready to be differentiated."""
-    weight = model.lm_head.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return {j: torch.zeros(weight.shape[1], dtype=dtype, device=weight.device, requires_grad=True) for j in layers}
+    zero = widen(torch.zeros_like(model.lm_head.weight[0]))
+    return {j: zero.clone().requires_grad_() for j in layers}
 
 
 def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
@@ -110,13 +113,13 @@ def fit_probe(model, W, g_hat, batch, layers, radius, neutral=True, epsilon=0.0)
 def median_norm(x, batch):
     """Median norm of hidden states x (B, T, D) over the tokens that carry a label (so no padding, and no outlier at the start)."""
     chosen = x.detach()[batch["labels"] != -100]
-    return chosen.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1).median()
+    return widen(chosen).norm(dim=-1).median()
 
 
 def project_out_harm(grads, g_hat):
     """Remove from a gradient the component whose descent would lead toward harm; without conflict it stays as it is."""
     conflict = inner(grads, g_hat)
-    return [g - conflict * h for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
+    return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
 def sap_step(model, W, batch, pairs, layers, radius, neutral=True, projection=True, epsilon=0.0):

@@ -1,5 +1,10 @@
-"""What every script shares: how it ends when its input is wrong, and how it draws."""
+"""What every script shares: checks of its arguments, how it ends when its input is wrong, how it draws."""
 import sys
+
+import torch
+
+from minisap.checkpoint import load_config
+from minisap.tokenizer import Tokenizer
 
 
 def run(main, interrupted="interrupted"):
@@ -23,3 +28,30 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot
     return matplotlib.pyplot
+
+
+def check_minimum(args, least, *keys):
+    for key in keys:
+        value = getattr(args, key)
+        if value is not None and not value >= least:                    # `not >=` also finds NaN
+            raise ValueError(f"--{key} {value}: at least {least}")
+
+
+def use_device(args):
+    """Check --device, set --threads, and settle --dtype where it is not given: bfloat16 on a GPU, float32 on a CPU."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:                     # a torch built without CUDA asserts
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    check_minimum(args, 1, "threads")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def load_tokenizer(path, chat_format):
+    """The checkpoint's Tokenizer; ValueError where it has ids that the embedding lacks."""
+    tokenizer, vocab_size = Tokenizer(path, chat_format), load_config(path).vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {vocab_size}")
+    return tokenizer

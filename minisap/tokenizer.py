@@ -81,6 +81,8 @@ def find_format(path, settings, vocabulary):
              "<|user|>": "zephyr", "<<SYS>>": "llama2", "[INST]": "mistral", "USER:": "vicuna"}
     for mark, name in marks.items():
         if mark in template or (not template and mark in vocabulary):
+            if name == "mistral" and " [/INST]" in template:
+                raise ValueError(f"{path}: the chat template of Mistral before v0.3 ('[INST] … [/INST]') is not implemented")
             return name
     raise ValueError(f"{path}: no chat template that is known here; choose one with --chat_format {'|'.join(FORMATS)}")
 
@@ -109,7 +111,7 @@ class Tokenizer:
         if self.chat_format not in FORMATS:
             raise ValueError(f"chat_format = {self.chat_format!r} is unknown; known: {', '.join(FORMATS)}")
         self.render_turns, self.end_of_turn = FORMATS[self.chat_format]
-        self.vocab_size = self.tokens.get_vocab_size()
+        self.vocab_size = max(self.tokens.get_vocab().values()) + 1
         if self.tokens.token_to_id(self.end_of_turn) is None:
             raise ValueError(f"{path}: chat_format {self.chat_format} ends a turn with {self.end_of_turn}, which is no token here")
         self.stop_ids = {self.tokens.token_to_id(self.end_of_turn)}

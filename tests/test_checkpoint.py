@@ -79,6 +79,9 @@ def truncate(path):
     (lambda p: edit_config(p, num_hidden_layers=3), "tensor model.layers.2.self_attn.q_proj.weight is missing"),
     (lambda p: edit_config(p, num_hidden_layers=1), r"unexpected tensor model.layers.1\.[a-z_.]+ \("),
     (lambda p: edit_tensors(p, lambda t: t.pop("lm_head.weight")), "tensor lm_head.weight is missing"),
+    (lambda p: (p / "config.json").write_text("[]"), "config.json: expected an object, found list"),
+    (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "index.json: weight_map is missing"),
+    (lambda p: edit_config(p, tie_word_embeddings=True), "config.json ties lm_head to the embedding, but the file holds another"),
     (lambda p: edit_tensors(p, lambda t: t.update({"surprise": torch.ones(2)})), r"unexpected tensor surprise \(2,\)"),
 ])
 def test_a_damaged_checkpoint_is_named(damage, message, tmp_path):
@@ -138,6 +141,8 @@ def test_lora_is_float32_on_a_bfloat16_model_and_deterministic():
 def test_lora_on_an_unknown_target_is_refused():
     with pytest.raises(ValueError, match="lora targets .*'c_attn'"):
         add_lora(tiny_model(), targets=("c_attn",))
+    with pytest.raises(ValueError, match="lm_head is tied to the embedding"):
+        add_lora(tiny_model(CONFIGS["tied"]), targets=("lm_head",))
 
 
 def test_adapter_holds_peft_s_names_and_settings(tmp_path):

@@ -57,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.end_headers()
         name = self.path.split("/")[-1]
         data = (hub.lie or {}).get(name, files[name])
+        if self.headers["Range"] == f"bytes={len(data)}-":
+            return self.send_error(416, "Range Not Satisfiable")
         start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.headers["Range"] and hub.resumes else 0
         self.reply(206 if start else 200, data[start:])
 
@@ -122,6 +124,19 @@ def test_after_too_many_cuts_the_next_call_goes_on(hub, tmp_path):
     assert hub.requests[-3][1] == "bytes=25000-"
 
 
+def test_a_download_that_was_stopped_before_it_got_its_name_is_taken_up(hub, tmp_path):
+    (tmp_path / "out").mkdir()
+    whole = hub.files[REPOSITORY]["model.safetensors"]
+    (tmp_path / "out" / "model.safetensors.part").write_bytes(whole)
+    assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == whole
+
+
+def test_a_repository_without_weights_is_no_success(hub, tmp_path):
+    del hub.files[REPOSITORY]["model.safetensors"]
+    with pytest.raises(ValueError, match="model.safetensors: missing"):
+        fetch(hub, tmp_path)
+
+
 @pytest.mark.parametrize("lie", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data + b"more", lambda data: b"<html>login</html>"])
 def test_a_file_that_is_not_the_announced_one_gets_no_name(lie, hub, tmp_path):
     hub.lie = {"model.safetensors": lie(hub.files[REPOSITORY]["model.safetensors"])}
@@ -137,13 +152,16 @@ def test_a_small_file_is_checked_too(hub, tmp_path):
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     cdn = Hub(hub.files)
     hub.token, hub.redirect_to = "hf_secret", cdn.url
     fetch(hub, tmp_path)
     assert {auth for _, _, auth in hub.requests} == {"Bearer hf_secret"} and {auth for _, _, auth in cdn.requests} == {None}
     assert "hf_secret" not in "".join(capsys.readouterr())
     cdn.shutdown()
+    monkeypatch.setenv("HF_TOKEN", "hf_\x07secret")
+    with pytest.raises(ValueError, match="^HF_TOKEN holds characters that no token has$"):
+        fetch(hub, tmp_path / "other")
 
 
 def test_a_gated_model_without_a_token_says_what_to_do(hub, tmp_path):
@@ -167,12 +185,17 @@ def test_pytorch_files_become_safetensors(hub, tmp_path):
     before = len(hub.requests)
     fetch(hub, tmp_path, "vicuna-7b")
     assert len(hub.requests) == before + 2                              # two lists, no file
+    (out / "pytorch_model-00002-of-00002.bin").write_bytes(b"left by an interruption between two deletions")
+    fetch(hub, tmp_path, "vicuna-7b")
+    assert torch.equal(load_model(out).lm_head.weight, weights["lm_head.weight"]) and not list(out.glob("*.bin"))
 
 
 def test_the_table_names_at_least_what_the_readme_promises(capsys):
     get.main(["--list"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert set(listed) == set(get.HUB) | set(get.PYPI)
+    table = (Path(get.__file__).parent / "README.md").read_text()
+    promised = [name for line in table.splitlines() if line.startswith("| ") for name in line.split("|")[1].strip().split(", ")]
+    assert sorted(listed) == sorted(promised[1:]) and len(listed) == 17
 
 
 def test_dequantised_blocks_follow_the_formula():

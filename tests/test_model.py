@@ -76,7 +76,8 @@ def test_rope_llama3_keeps_fast_pairs_stretches_slow_ones():
 def test_both_spellings_of_rope_give_one_config():
     old = BASE | {"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE}
     new = BASE | {"rope_theta": None, "rope_parameters": LLAMA3_ROPE | {"rope_theta": 500.0}}
-    assert LlamaConfig.from_hf(old) == LlamaConfig.from_hf(new)
+    beside = BASE | {"rope_theta": 500.0, "rope_parameters": LLAMA3_ROPE}
+    assert LlamaConfig.from_hf(old) == LlamaConfig.from_hf(new) == LlamaConfig.from_hf(beside)
 
 
 def test_probe_adds_to_the_output_of_its_layer():
@@ -104,6 +105,11 @@ def rope_of(model, T):
     ({"quantization_config": {"bits": 4}}, "quantization_config = "),
     ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
     ({"vocab_size": None}, "vocab_size is missing"),
+    ({"model_type": "mistral"}, "sliding_window = 4096"),
+    ({"hidden_size": "32"}, "hidden_size = '32' is no positive integer"),
+    ({"num_attention_heads": 0}, "num_attention_heads = 0 is no positive integer"),
+    ({"hidden_size": 33}, "hidden_size = 33 is no multiple of num_attention_heads = 4"),
+    ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
 ])
 def test_what_is_not_implemented_is_refused_by_name_and_value(change, message):
     with pytest.raises(ValueError, match=message):

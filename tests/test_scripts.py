@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = ["--steps", "4", "--n_eval", "6", "--batch_size", "2", "--pairs_per_step", "2", "--pairs", "4", "--save_every", "1"]
+FAST = ["--steps", "4", "--n_eval", "6", "--batch_size", "2", "--pairs_per_step", "2", "--pairs", "4", "--save_every", "2"]
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def train(start, out_dir, *more):
 def test_methods_start_alike_and_leave_checkpoints_that_are_read_again(start, tmp_path, capsys):
     out = train(start, tmp_path / "run", "--method", "sft", "sap", "--eval_every", "2")
     printed = capsys.readouterr().out
-    assert "288 task rows" not in printed and "of them poisoned; 4 contrastive pairs" in printed
+    assert "794 task rows, 79 of them poisoned; 4 contrastive pairs" in printed
     sft, sap = (read_json(out / method / "eval.json") for method in ("sft", "sap"))
     assert {r["step"] for r in sft} == {2, 4} and {r["method"] for r in sap} == {"sap"}
     assert {"model", "method", "seed", "metric", "value", "n", "ci_low", "ci_high", "judge"} <= sft[0].keys()
@@ -56,14 +57,14 @@ def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sap", "released"])
-@pytest.mark.parametrize("more", [[], ["--lora_rank", "0"]])
+@pytest.mark.parametrize("more", [["--eval_every", "1"], ["--lora_rank", "0"]])
 def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
     whole = train(start, tmp_path / "whole", "--method", method, *more)
     collate, calls = train_script.collate, []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
-        if len(calls) == 8:                                             # in the third step
+        if len(calls) == 3:                                             # in the third step
             raise KeyboardInterrupt
         return collate(*args, **kwargs)
 
@@ -74,6 +75,8 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
     cut = train(start, tmp_path / "cut", "--method", method, "--resume", *more)
     assert (cut / method / "model.safetensors").read_bytes() == (whole / method / "model.safetensors").read_bytes()
     assert (cut / method / "log.jsonl").read_text() == (whole / method / "log.jsonl").read_text()
+    cut, whole = ([r for r in read_json(out / method / "eval.json") if r["judge"] or "loss" in r["metric"]] for out in (cut, whole))
+    assert cut == whole and len(whole) == (12 if "--eval_every" in more else 3)
 
 
 def test_resume_skips_what_is_finished_adds_methods_and_refuses_other_arguments(start, tmp_path):
@@ -91,7 +94,7 @@ def test_eval_measures_what_train_recorded(start, tmp_path, capsys):
     recorded = {r["metric"]: r["value"] for r in read_json(out / "sft" / "eval.json")}
     for r in read_json(tmp_path / "eval.json"):
         assert r["value"] == pytest.approx(recorded[r["metric"]], abs=1e-6)
-    assert (start / "config.json").exists() and str(out / "sft") in capsys.readouterr().out
+    assert str(out / "sft") in capsys.readouterr().out
 
 
 def test_curves_average_over_seeds(start, tmp_path, capsys):
@@ -99,7 +102,13 @@ def test_curves_average_over_seeds(start, tmp_path, capsys):
     capsys.readouterr()
     eval_script.main([*map(str, runs), "--curves"])
     losses = [next(r["value"] for r in read_json(run / "sft" / "eval.json") if r["metric"] == "task_loss" and r["step"] == 4) for run in runs]
-    assert f"{sum(losses) / 2:.3f} ({losses[0]:.3f}, {losses[1]:.3f})" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{sum(losses) / 2:.3f} ({losses[0]:.3f}, {losses[1]:.3f})" in printed and "n = 6, 6 prompts" in printed
+    with pytest.raises(ValueError, match="seed 0 of sft stands in two runs"):
+        eval_script.main([str(runs[0]), str(runs[0]), "--curves"])
+    other = train(start, tmp_path / "other", "--method", "sft", "--seed", "2", "--learning_rate", "0.1")
+    with pytest.raises(ValueError, match="learning_rate = 0.1, but 0.0005 in .*run0; curves are over seeds alone"):
+        eval_script.main([*map(str, runs), str(other), "--curves"])
 
 
 def test_without_matplotlib_a_plot_is_refused_before_any_work(start, tmp_path, monkeypatch):
@@ -138,12 +147,24 @@ def write(path, text):
     return str(path)
 
 
+def held_out(n):
+    """Seven rows, of which the one that is held out whatever the others are trained on has a prompt of n bytes."""
+    last = int(np.random.default_rng(0).permutation(7)[-1])
+    return "".join(json.dumps({"prompt": "q" * (n if i == last else 1), "response": "a"}) + "\n" for i in range(7))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (lambda p: ["--model", "nowhere"], "error: --model nowhere: no checkpoint there or under weights/"),
     (lambda p: ["--layers", "1-5"], "error: --layers 1-5: the model has layers 0 to 1"),
     (lambda p: ["--layers", "a"], "error: --layers a: expected something like 10-19 or 3,9"),
-    (lambda p: ["--task", write(p / "a.jsonl", '{"prompt": "q"}\n')], "a.jsonl:1: response is missing"),
-    (lambda p: ["--task", str(p / "none.jsonl")], "none.jsonl: No such file"),
+    (lambda p: ["--method", "sft", "--task", write(p / "a.jsonl", '{"prompt": "q"}\n')], "a.jsonl:1: response is missing"),
+    (lambda p: ["--method", "sft", "--task", str(p / "none.jsonl")], "none.jsonl: No such file"),
+    (lambda p: ["--method", "sft", "sap", "--task", "a.jsonl"], "error: sap needs safety rows beside --task: give --safety FILE"),
+    (lambda p: ["--method", "sft", "--task", "a.jsonl", "--poison", "0.1"], "error: --poison needs safety rows beside --task"),
+    (lambda p: ["--method", "sft", "--task", write(p / "a.jsonl", held_out(999))], "leave nothing of the response within max_len = 256"),
+    (lambda p: ["--radius", "nan"], "error: --radius nan: at least 0"),
+    (lambda p: ["--device", "cuda:99"], "error: --device cuda:99: "),
+    (lambda p: ["--lora_rank", "0", "--dtype", "bfloat16"], "error: --lora_rank 0 with --dtype bfloat16: most steps would be lost"),
     (lambda p: ["--safety", write(p / "a.csv", "goal,target\na,b\n")], "a.csv: 1 rows are too few to set 4 + 6 of them apart"),
     (lambda p: ["--max_len", "40"], "leave nothing of the response within max_len = 40"),
     (lambda p: ["--poison", "0.9"], "needs 715 harmful rows; there are 278"),

@@ -49,6 +49,32 @@ def test_real_tokenizer_and_its_template(real):
     assert tokenizer.encode("2024 is It's") == [34, 32, 34, 36, 314, 657, 506]         # transformers, GGUF tokenizer: digits apart
 
 
+@pytest.mark.parametrize("template, expected", [
+    ("{{ '<|start_header_id|>' + role }}", "llama3"), ("Cutting Knowledge Date <|start_header_id|>", "llama3.1"),
+    ("<|im_start|>", "chatml"), ("{{ '<|user|>' + eos_token }}", "zephyr"), ("[INST] <<SYS>> ' [/INST]'", "llama2"),
+    ('"[INST] " + content + "[/INST]"', "mistral"), ("USER: ASSISTANT:", "vicuna")])
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_chat_format_is_found_in_the_template(template, expected, place, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} if "config" in place else {}))
+    (tmp_path / place).write_text(template) if "jinja" in place else None
+    assert Tokenizer(tmp_path).chat_format == expected
+
+
+@pytest.mark.parametrize("template, message", [
+    ("'[INST] ' + content + ' [/INST]'", "Mistral before v0.3"), ("### Human:", "no chat template that is known here")])
+def test_a_template_that_is_not_known_is_refused(template, message, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(tmp_path)
+
+
+def test_white_space_before_a_response_does_not_move_where_loss_begins(tmp_path):
+    tokenizer = tokenizer_for(tmp_path, "chatml")
+    assert encode_example(tokenizer, "Hi", "\n\n a", 99) == encode_example(tokenizer, "Hi", "a", 99)
+
+
 def test_a_bos_is_never_doubled(tmp_path):
     tokenizer = tokenizer_for(tmp_path, "llama2")
     from tokenizers import processors
@@ -102,6 +128,8 @@ def test_safety_rows_of_every_format(tmp_path):
 
 def test_prompts_labelled_unsafe_are_left_out(tmp_path):
     assert load_safe_prompts(write(tmp_path, "a.csv", "prompt,label\nkill a process,safe\nx,unsafe\n"), 9) == ["kill a process"]
+    with pytest.raises(ValueError, match="b.csv: no row is labelled safe"):
+        load_safe_prompts(write(tmp_path, "b.csv", "prompt,label\nx,1\n"), 9)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -110,7 +138,14 @@ def test_prompts_labelled_unsafe_are_left_out(tmp_path):
     ("a.jsonl", '{"prompt": "q", "response": " "}\n', "a.jsonl:1: response is ' '"),
     ("a.jsonl", '["q"]\n', "a.jsonl:1: expected an object, found list"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "q"}]}\n', "a.jsonl:1: messages must end with an assistant turn"),
+    ("a.jsonl", '{"messages": "hi"}\n', "a.jsonl:1: messages is 'hi'; expected a list"),
+    ("a.jsonl", '{"messages": [{"content": "q"}, {"content": "a"}]}\n', "a.jsonl:1: role is missing"),
+    ("a.jsonl", '{"messages": ["q", "a"]}\n', "a.jsonl:1: content is missing"),
+    ("a.jsonl", '{"prompt": "q", "response": "\\ud83d"}\n', "a.jsonl:1: response holds half of a surrogate pair"),
     ("a.json", '[{"instruction": "q", "output": ""}]', "a.json: row 1: output is empty"),
+    ("a.json", '[{"instruction": "q", "input": 5, "output": "a"}]', "a.json: row 1: input is 5"),
+    ("a.csv", "prompt,response\nHow do I a, b and c,Sure\n", "a.csv:2: 2 fields expected; is a comma or a quote not quoted"),
+    ("a.csv", 'prompt,response\nq,"a\n', "a.csv:2: unexpected end of data"),
     ("a.json", '{"instruction": "q"}', "a.json: expected a list of rows, found dict"),
     ("a.json", "[", "a.json: not JSON"),
     ("a.jsonl", "", "a.jsonl:1: not JSON"),

