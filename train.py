@@ -9,6 +9,7 @@ Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokeni
 import argparse
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -35,7 +36,7 @@ def parse_args(argv=None):
     add("--model", required=True, help="a checkpoint directory, or a name under weights/ (weights/get.py --list)")
     add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap)")
     add("--out_dir", type=Path, help="run directory (default: runs/MODEL)")
-    add("--resume", action="store_true", help="go on with the run in OUT_DIR, to the same weights as without the interruption; more methods may join it")
+    add("--resume", action="store_true", help="go on with the run in OUT_DIR, on a CPU to the same bytes as without the interruption; more methods may join")
     # rows
     add("--task", nargs="+", metavar="FILE", help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON (default: built in)")
     add("--safety", metavar="FILE", help="unsafe prompts with a safe and a harmful answer: JSONL {prompt, safe, harmful}, "
@@ -85,11 +86,10 @@ def parse_layers(text, n_layers):
     """'10-19' or '3,9' as a list of layers; the middle third by default."""
     if text is None:
         return list(range(n_layers // 3, max(2 * n_layers // 3, n_layers // 3 + 1)))
-    try:
-        bounds = [part.split("-") for part in text.split(",")]
-        layers = [j for first, *last in bounds for j in range(int(first), int(last[0] if last else first) + 1)]
-    except ValueError:
-        raise ValueError(f"--layers {text}: expected something like 10-19 or 3,9") from None
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise ValueError(f"--layers {text}: expected something like 10-19 or 3,9")
+    bounds = [[int(j) for j in part.split("-")] for part in text.split(",")]
+    layers = sorted({j for first, *last in bounds for j in range(first, (last or [first])[0] + 1)})
     if not layers or not 0 <= min(layers) <= max(layers) < n_layers:
         raise ValueError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
     return layers

@@ -11,7 +11,7 @@ from minisap.data import collate, encode_rows
 from minisap.lora import add_lora
 from minisap.methods import METHODS, released
 from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, probe_gradient, probe_gradient_by_difference,
-                         project_out_harm, response_nll, safety_loss, sap_step, useful_loss)
+                         project_out_harm, response_nll, safety_loss, sap_step, unit, useful_loss)
 from minisap.tokenizer import Tokenizer
 from tiny import BASE, tiny_model
 
@@ -188,6 +188,15 @@ def test_projection_removes_only_what_leads_to_harm(world):
     assert all(torch.equal(a, b) for a, b in zip(project_out_harm(away, g_hat), away))
     for a, b in zip(project_out_harm(projected, g_hat), projected):              # idempotent
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_and_projections_do_not_suffer_from_half_precision(dtype):
+    tiny = [torch.full((3000,), 1e-4, dtype=dtype)]                             # squares vanish in float16
+    assert inner(unit(tiny), unit(tiny)).item() == pytest.approx(1, rel=1e-5)
+    g_hat = unit([torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)])
+    projected = project_out_harm([(-3 * g_hat[0]).to(dtype)], g_hat)
+    assert projected[0].dtype == dtype and abs(inner(projected, g_hat).item()) < 1e-3
 
 
 ARGS = Namespace(layers=LAYERS, radius=0.1, neutral="on", projection="on", epsilon=0.0, seed=0)

@@ -13,6 +13,7 @@ import probe as probe_script
 import train as train_script
 from minisap.checkpoint import load_model, read_json
 from minisap.lora import add_lora
+from minisap.tokenizer import Tokenizer
 from safetensors.torch import load_file
 from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer
 
@@ -97,6 +98,28 @@ def test_eval_measures_what_train_recorded(start, tmp_path, capsys):
     assert str(out / "sft") in capsys.readouterr().out
 
 
+def test_a_base_checkpoint_is_measured_on_the_rows_of_the_run_beside_it(start, tmp_path):
+    out = train(start, tmp_path / "run", "--method", "sft")
+    eval_script.main([str(start), str(out / "sft"), "--out", str(tmp_path / "eval.json")])
+    recorded = {r["metric"]: r["value"] for r in read_json(out / "start.json")}
+    found = {r["metric"]: (r["value"], r["n"]) for r in read_json(tmp_path / "eval.json") if r["model"] == str(start)}
+    assert found["task_loss"] == (pytest.approx(recorded["task_loss"], abs=1e-6), 6)
+
+
+def test_what_is_trained_keeps_the_template(start, tmp_path):
+    (start / "chat_template.jinja").write_text("<|im_start|> You are a helpful assistant.")
+    out = train(start, tmp_path / "run", "--method", "sft")
+    messages = [{"role": "user", "content": "Hi"}]
+    assert Tokenizer(out / "sft").render(messages) == Tokenizer(start).render(messages)
+    assert "You are a helpful assistant." in Tokenizer(start).render(messages)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(train_script.METHODS, "sft", lambda model, W, *_: ([w * float("nan") for w in W], {"loss": 0.0}))
+    with pytest.raises(ValueError, match="the gradient's norm is nan"):
+        train(start, tmp_path / "run", "--method", "sft")
+
+
 def test_curves_average_over_seeds(start, tmp_path, capsys):
     runs = [train(start, tmp_path / f"run{seed}", "--method", "sft", "--seed", str(seed), "--eval_every", "2") for seed in (0, 1)]
     capsys.readouterr()
@@ -137,7 +160,7 @@ def test_recommended_layers_are_the_third_with_the_largest_effect():
     assert probe_script.recommend([0, 1, 5, 4, 1, 6]) == "2-3"
 
 
-@pytest.mark.parametrize("text, expected", [("10-12", [10, 11, 12]), ("3,9", [3, 9]), (None, [10, 11, 12, 13, 14, 15, 16, 17, 18, 19])])
+@pytest.mark.parametrize("text, expected", [("10-12", [10, 11, 12]), ("3,9", [3, 9]), ("9,3-4,4", [3, 4, 9]), (None, [10, 11, 12, 13, 14, 15, 16, 17, 18, 19])])
 def test_layers(text, expected):
     assert train_script.parse_layers(text, 30) == expected
 
@@ -156,7 +179,7 @@ def held_out(n):
 @pytest.mark.parametrize("arguments, message", [
     (lambda p: ["--model", "nowhere"], "error: --model nowhere: no checkpoint there or under weights/"),
     (lambda p: ["--layers", "1-5"], "error: --layers 1-5: the model has layers 0 to 1"),
-    (lambda p: ["--layers", "a"], "error: --layers a: expected something like 10-19 or 3,9"),
+    (lambda p: ["--layers", "0-1-1"], "error: --layers 0-1-1: expected something like 10-19 or 3,9"),
     (lambda p: ["--method", "sft", "--task", write(p / "a.jsonl", '{"prompt": "q"}\n')], "a.jsonl:1: response is missing"),
     (lambda p: ["--method", "sft", "--task", str(p / "none.jsonl")], "none.jsonl: No such file"),
     (lambda p: ["--method", "sft", "sap", "--task", "a.jsonl"], "error: sap needs safety rows beside --task: give --safety FILE"),
