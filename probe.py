@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from minisap.checkpoint import DTYPES, load_model, write_json
-from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows, load_safe_prompts, load_splits
-from minisap.evaluate import print_table
-from minisap.lora import add_lora, linear_layers
+from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows, load_prompts, load_safe_prompts, load_splits
+from minisap.evaluate import print_table, with_own_refusals
+from minisap.lora import add_lora, lora_layers
 from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
 from minisap.script import check_minimum, load_tokenizer, pyplot, run, use_device
 from minisap.stats import auroc, wilson
@@ -30,7 +30,7 @@ def parse_args(argv=None):
     # rows: as in train.py
     add("--task", nargs="+", metavar="FILE")
     add("--safety", metavar="FILE")
-    add("--benign", metavar="FILE", help="safe prompts, set against the unsafe ones of --safety")
+    add("--benign", metavar="FILE", help="safe prompts, set against the unsafe ones that the file labels so, else against --safety's")
     add("--pairs", type=int, default=48)
     add("--n_eval", type=int, default=100, help="unsafe and safe prompts for the linear probes, each (default: 100)")
     add("--max_len", type=int, default=256)
@@ -39,7 +39,8 @@ def parse_args(argv=None):
     add("--batches", type=int, default=4, help="batches over which gradients are averaged (default: 4)")
     add("--batch_size", type=int, default=8)
     add("--pairs_per_step", type=int, default=8)
-    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="the weights W whose gradients are compared")
+    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="W: LoRA at its start on these (default: q_proj v_proj)")
+    add("--safe_answers", choices=("own", "file"), default="own", help="as in train.py (default: own)")
     add("--precision", action="store_true", help="compare the probe's direction in bfloat16 and float32 with that in float64")
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
@@ -100,9 +101,8 @@ def gradients(args, model, splits, tokenizer):
     probe_cosine  cos(∇_V L_su, ∇_V L_useful); below 0: the paper's probe lowers the task loss by itself
     effect        how far a probe of the layer's own norm, neutral to the task, moves ⟨∇_W L_useful, ĝ⟩, to first order"""
     task, pairs = encode_rows(tokenizer, splits["task"], args.max_len), encode_pairs(tokenizer, splits["pairs"], args.max_len)
-    model.requires_grad_(False)
-    found = [(name, layer.weight.requires_grad_()) for name, _, key, layer in linear_layers(model) if key in args.lora_targets]
-    W, place = [w for _, w in found], [int(name.split(".")[2]) for name, _ in found]
+    W = add_lora(model, targets=args.lora_targets, seed=args.seed)
+    place = [int(name.split(".")[2]) for name, *_ in lora_layers(model) for _ in "AB"]
     layers, measured = range(model.config.n_layers), []
     for step in range(args.batches):
         batch = collate(batch_rows(task, args.batch_size, step, args.seed), device=args.device)
@@ -144,10 +144,9 @@ def precision(args, splits, tokenizer):
     return rows
 
 
-def look_inside(args, splits, tokenizer):
+def look_inside(args, model, splits, tokenizer):
     """One row of numbers per layer, printed with what they mean."""
-    model = load_model(args.path, DTYPES[args.dtype], args.device)
-    unsafe = [row["prompt"] for row in splits["eval_unsafe"]]
+    unsafe = (load_prompts(args.benign, args.n_eval, "unsafe") if args.benign else []) or [r["prompt"] for r in splits["eval_unsafe"]]
     probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval))
     rows = [{"layer": j, **p, **g} for j, (p, g) in enumerate(zip(probes, gradients(args, model, splits, tokenizer)))]
     print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "effect"]] + [
@@ -184,7 +183,10 @@ def main(argv=None):
     check_minimum(args, 0, "seed")
     tokenizer = load_tokenizer(args.path, args.chat_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
-    rows = precision(args, splits, tokenizer) if args.precision else look_inside(args, splits, tokenizer)
+    model = load_model(args.path, DTYPES[args.dtype], args.device)
+    if args.safe_answers == "own":
+        splits["pairs"] = with_own_refusals(model, tokenizer, splits["pairs"])
+    rows = precision(args, splits, tokenizer) if args.precision else look_inside(args, model, splits, tokenizer)
     if args.out:
         write_json(args.out, rows)
     if args.plot and not args.precision:

@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from minisap.checkpoint import DTYPES, load_config, load_model, read_json, save_adapter, save_model, write_json, write_whole
 from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits, poison_rows
-from minisap.evaluate import evaluate, generate_texts, print_records, record
-from minisap.judge import is_refusal
+from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.methods import METHODS
 from minisap.model import Llama
@@ -125,14 +124,10 @@ def claim_out_dir(args):
 
 
 def choose_safe_answers(args, model, tokenizer, pairs):
-    """The contrastive pairs as they will be used, kept in OUT_DIR/pairs.json: with --safe_answers own, the start model's own
-    refusal takes the place of the file's safe answer wherever the model refuses."""
+    """The contrastive pairs as every method will use them, kept in OUT_DIR/pairs.json."""
     file = args.out_dir / "pairs.json"
     if not file.exists():
-        if args.safe_answers == "own":
-            texts = generate_texts(model, tokenizer, [row["prompt"] for row in pairs], max_new_tokens=128, whole=True)
-            pairs = [row | {"safe": text} if is_refusal(text) else row for row, text in zip(pairs, texts)]
-        write_json(file, pairs)
+        write_json(file, with_own_refusals(model, tokenizer, pairs) if args.safe_answers == "own" else pairs)
     return read_json(file)
 
 

@@ -111,15 +111,21 @@ def safety_row(i, record, source):
     return {"prompt": prompt, "safe": safe, "harmful": harmful}
 
 
-def load_safe_prompts(path, n) -> list[str]:
-    """At most n safe prompts: of a file with `prompt`, `goal` or `instruction` in each row (where rows carry a `label`, of those
-    labelled safe), or of the built-in rows."""
-    records = [(r, s) for r, s in read_records(path) if r.get("label", "safe") == "safe"] if path else []
-    if path and not records:
-        raise ValueError(f"{path}: no row is labelled safe")
+def load_prompts(path, n, label) -> list[str]:
+    """At most n prompts, in shuffled order, of a file with `prompt`, `goal` or `instruction` in each row; of rows that carry a
+    `label`, those with this one (a row without is safe)."""
+    records = [(record, source) for record, source in read_records(path) if record.get("label", "safe") == label]
     keys = ("prompt", "goal", "instruction")
-    prompts = [text_of(r, next((k for k in keys if k in r), "prompt"), s) for r, s in records] if path else demo.safe_prompts()
+    prompts = [text_of(r, next((key for key in keys if key in r), "prompt"), source) for r, source in records]
     return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:n]]
+
+
+def load_safe_prompts(path, n) -> list[str]:
+    """At most n safe prompts of a file, or of the built-in rows."""
+    prompts = load_prompts(path, n, "safe") if path else demo.safe_prompts(n)
+    if not prompts:
+        raise ValueError(f"{path}: no row is labelled safe")
+    return prompts
 
 
 def split_rows(rows, first, last, source):

@@ -47,9 +47,10 @@ def safety_rows() -> list[dict]:
              "source": f"demo:{i}"} for i, (prompt, action) in enumerate(pairs)]
 
 
-def safe_prompts() -> list[str]:
-    """Every safe action in every frame."""
-    return [frame.format(action) for action in actions(SAFE) for frame in FRAMES]
+def safe_prompts(n) -> list[str]:
+    """n of the safe actions in all their frames, in shuffled order."""
+    prompts = [frame.format(action) for action in actions(SAFE) for frame in FRAMES]
+    return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:n]]
 
 
 def task_rows(n=800, seed=0) -> list[dict]:

@@ -23,6 +23,12 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, who
     return texts
 
 
+def with_own_refusals(model, tokenizer, pairs):
+    """Safety rows in which the model's own refusal takes the place of the safe answer, wherever the model refuses."""
+    texts = generate_texts(model, tokenizer, [row["prompt"] for row in pairs], max_new_tokens=128, whole=True)
+    return [row | {"safe": text} if is_refusal(text) else row for row, text in zip(pairs, texts)]
+
+
 @torch.no_grad()
 def nll_per_row(model, examples):
     """[(nats, tokens)] of the labelled tokens of each example."""

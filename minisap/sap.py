@@ -91,13 +91,14 @@ def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden
     return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
-def fit_probe(model, W, g_hat, batch, layers, radius, neutral=True, epsilon=0.0):
+def fit_probe(model, W, g_hat, batch, layers, radius, neutral=True, epsilon=0.0, log=None):
     """Lines 3 to 5: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by difference
     where ε > 0, and h_j the median norm of layer j's hidden states over the batch's tokens. `radius` is thus a share of the
     hidden state, and takes the place of the paper's β.
 
-    neutral (ours): d_j loses its component along ∇_V L_useful. On SmolLM2 the two have a cosine of −0.5: half of the paper's
-    probe lowers the task loss, so that W, trained in its presence, need not learn what is missed when the probe is gone."""
+    neutral (ours): d_j loses its component along ∇_V L_useful. On SmolLM2 the two have a cosine of about −0.5 in training: much
+    of the paper's probe lowers the task loss, so that W, trained in its presence, need not learn what is missed when it is gone.
+    The mean of the cosine over layers goes into `log` as probe_cosine."""
     if radius == 0 or not layers:
         return {}
     hidden = []
@@ -105,8 +106,11 @@ def fit_probe(model, W, g_hat, batch, layers, radius, neutral=True, epsilon=0.0)
         d, g_V = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
     else:
         d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
+    u = {j: unit([g_V[j]])[0] for j in layers}
+    if log is not None:
+        log["probe_cosine"] = sum((unit([d[j]])[0] @ u[j]).item() for j in layers) / len(layers)
     if neutral:
-        d = {j: d[j] - (d[j] @ u) * u for j, (u,) in ((j, unit([g_V[j]])) for j in layers)}
+        d = {j: d[j] - (d[j] @ u[j]) * u[j] for j in layers}
     return {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
 
 
@@ -125,9 +129,10 @@ def project_out_harm(grads, g_hat):
 def sap_step(model, W, batch, pairs, layers, radius, neutral=True, projection=True, epsilon=0.0):
     """(gradient, log) of one SAP step, for an optimizer to follow (line 7). pairs = {"safe": batch, "harmful": batch} of the
     same unsafe prompts. radius 0 without projection is SFT, bit for bit."""
-    g_hat = harmful_direction(model, W, **pairs)                                    # line 2
-    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, neutral, epsilon)    # lines 3, 4, 5
+    log = {}
+    g_hat = harmful_direction(model, W, **pairs)                                            # line 2
+    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, neutral, epsilon, log)       # lines 3, 4, 5
     loss = useful_loss(model, batch, V_safe)
-    g_W = torch.autograd.grad(loss, W)                                              # line 6
-    log = {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
+    g_W = torch.autograd.grad(loss, W)                                                      # line 6
+    log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
     return (project_out_harm(g_W, g_hat) if projection else g_W), log

@@ -165,6 +165,10 @@ def test_a_neutral_probe_leaves_the_task_loss_alone_and_the_paper_s_is_the_bare_
         tilt[neutral] = abs(up - down).item()
     d, _ = probe_gradient(model, W, g_hat, batch, LAYERS)
     assert all(F.cosine_similarity(V[j], d[j], dim=0) > 1 - 1e-12 for j in LAYERS)
+    log = {}
+    fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, log=log)
+    _, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
+    assert log["probe_cosine"] == pytest.approx(sum(F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in LAYERS) / 2)
     assert tilt[True] < 1e-3 * tilt[False]                                       # third order in the radius against first
 
 
