@@ -1,6 +1,7 @@
-"""Record logits.json with transformers (a development dependency): `python tests/golden/make_logits.py`.
+"""Record logits.json with transformers (a development dependency): `python tests/golden/make_logits.py SmolLM2-135M-Instruct.Q4_1.gguf`.
 
-For each tiny configuration of tests/tiny.py, and for one real prompt on weights/smollm2-135m-q4: logits and greedy tokens."""
+For each tiny configuration of tests/tiny.py, and for one real prompt on the GGUF file that weights/get.py converts: logits and
+greedy tokens."""
 import json
 import sys
 import tempfile
@@ -16,8 +17,11 @@ from tiny import CONFIGS, write_checkpoint
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def record(path, ids, new_tokens):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+def record(path, ids, new_tokens, **more):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", **more).eval()
+    with torch.no_grad():
+        for w in model.parameters() if more else ():                    # as the converted checkpoint stores them
+            w.copy_(w.bfloat16())
     input_ids = torch.tensor([ids])
     with torch.no_grad():
         logits = model(input_ids).logits[0]
@@ -34,9 +38,10 @@ def main():
             write_checkpoint(folder, config, shards=3 if name.startswith("sharded") else 1)
             logits, tokens = record(folder, ids, new_tokens=16)
         golden["tiny"][name] = {"input_ids": ids, "logits": [[round(x, 5) for x in row] for row in logits[-8:].tolist()], "tokens": tokens}
-    real = ROOT / "weights" / "smollm2-135m-q4"
-    ids = transformers.AutoTokenizer.from_pretrained(real).apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=False)
-    logits, tokens = record(real, ids, new_tokens=16)
+    gguf = Path(sys.argv[1])                # read by transformers itself, so that our conversion is put to the test as well
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    ids = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=False)
+    logits, tokens = record(gguf.parent, ids, new_tokens=16, gguf_file=gguf.name)
     golden["real"] = {"messages": PROMPT, "input_ids": ids, "last_logits": [round(x, 4) for x in logits[-1, ::64].tolist()], "tokens": tokens}
     (Path(__file__).parent / "logits.json").write_text(json.dumps(golden) + "\n")
 
