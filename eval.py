@@ -116,7 +116,8 @@ def print_curves(curves):
             rows.append([method, str(step), *(format_share(metrics[m]) for m in ("harmful_score", "over_refusal")),
                          f"{average(loss):.3f}{each(loss, 1, '.3f')}"])
     print_table(rows)
-    print(f"harmful: n = {', '.join(str(r['n']) for r in metrics['harmful_score'])} prompts; in [] the 95 % interval, in () every seed")
+    n = ", ".join(str(r["n"]) for r in metrics["harmful_score"])
+    print(f"harmful: n = {n} prompts; in [] the 95 % interval, in () every seed")
 
 
 def plot_curves(curves, file):
@@ -125,8 +126,10 @@ def plot_curves(curves, file):
     for method, steps in curves.items():
         x, y = ([average(s[m]) for s in steps.values()] for m in ("task_loss", "harmful_score"))
         line, = axes.plot(x, [100 * v for v in y], marker="o", markersize=4, label=method)
-        axes.annotate(str(list(steps)[-1]), (x[-1], 100 * y[-1]), color=line.get_color(), textcoords="offset points", xytext=(5, 4))
-    axes.set(xlabel="task loss on held-out rows, nats per token (useful: to the left)", ylabel="harmful score, % (safe: below)")
+        axes.annotate(str(list(steps)[-1]), (x[-1], 100 * y[-1]), color=line.get_color(),
+                      textcoords="offset points", xytext=(5, 4))
+    axes.set(xlabel="task loss on held-out rows, nats per token (useful: to the left)",
+             ylabel="harmful score, % (safe: below)")
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
@@ -148,7 +151,8 @@ def main(argv=None):
     else:
         use_device(args)
         choose_rows(args)
-        splits, safe_prompts = load_splits(args.task, args.safety, args.pairs, args.n_eval), load_safe_prompts(args.benign, args.n_eval)
+        splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
+        safe_prompts = load_safe_prompts(args.benign, args.n_eval)
         records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]
         print_records(records)
     if args.out:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from minisap.checkpoint import DTYPES, load_model, write_json
-from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows, load_prompts, load_safe_prompts, load_splits
+from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows, load_prompts,
+                          load_safe_prompts, load_splits)
 from minisap.evaluate import print_table, with_own_refusals
 from minisap.lora import add_lora, lora_layers
 from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
@@ -80,8 +81,8 @@ def linear_probe(train_x, train_y, test_x, test_y, l2=1e-2):
     scores = (test_x @ w + b).detach()
     right = int(((scores > 0) == (test_y > 0.5)).sum())
     low, high = wilson(right, len(test_y))
-    return {"accuracy": right / len(test_y), "ci_low": low, "ci_high": high, "auroc": auroc(scores[test_y > 0.5], scores[test_y < 0.5]),
-            "n": len(test_y)}
+    area = auroc(scores[test_y > 0.5], scores[test_y < 0.5])
+    return {"accuracy": right / len(test_y), "ci_low": low, "ci_high": high, "auroc": area, "n": len(test_y)}
 
 
 def linear_probes(model, tokenizer, unsafe, safe):
@@ -100,21 +101,22 @@ def gradients(args, model, splits, tokenizer):
     task_cosine   cos(∇_W L_useful, ∇_W L_safe) over the layer's weights; below 0: task steps lead to harm
     probe_cosine  cos(∇_V L_su, ∇_V L_useful); below 0: the paper's probe lowers the task loss by itself
     effect        how far a probe of the layer's own norm, neutral to the task, moves ⟨∇_W L_useful, ĝ⟩, to first order"""
-    task, pairs = encode_rows(tokenizer, splits["task"], args.max_len), encode_pairs(tokenizer, splits["pairs"], args.max_len)
+    rows, pairs = encode_rows(tokenizer, splits["task"], args.max_len), encode_pairs(tokenizer, splits["pairs"], args.max_len)
     W = add_lora(model, targets=args.lora_targets, seed=args.seed)
     place = [int(name.split(".")[2]) for name, *_ in lora_layers(model) for _ in "AB"]
     layers, measured = range(model.config.n_layers), []
     for step in range(args.batches):
-        batch = collate(batch_rows(task, args.batch_size, step, args.seed), device=args.device)
+        batch = collate(batch_rows(rows, args.batch_size, step, args.seed), device=args.device)
         contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
         g_hat, hidden = harmful_direction(model, W, **contrast), []
         g_W = torch.autograd.grad(useful_loss(model, batch), W)
         d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
         of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
-        cosines = [F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in layers]
-        measured.append([[inner(of(g_W, j), of(g_hat, j)).item(), cosines[j],
-                          d[j].norm().item() * (1 - cosines[j] ** 2) ** 0.5 * median_norm(hidden[j], batch).item()] for j in layers])
-    return [dict(zip(("task_cosine", "probe_cosine", "effect"), row)) for row in np.mean(measured, axis=0).tolist()]
+        task = [inner(of(g_W, j), of(g_hat, j)).item() for j in layers]
+        probe = [F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in layers]
+        neutral = [(d[j].norm() * median_norm(hidden[j], batch)).item() * (1 - probe[j] ** 2) ** 0.5 for j in layers]
+        measured.append([task, probe, neutral])
+    return [dict(zip(("task_cosine", "probe_cosine", "effect"), row)) for row in np.mean(measured, axis=0).T.tolist()]
 
 
 def recommend(effects):
@@ -128,7 +130,8 @@ def precision(args, splits, tokenizer):
     """Of the probe that is fitted to one batch: [{dtype, direction, mean and lowest cosine over the layers with the one that is
     exact in float64}]."""
     batch = collate(encode_rows(tokenizer, splits["task"][:args.batch_size], args.max_len), device=args.device)
-    contrast = contrast_batch(encode_pairs(tokenizer, splits["pairs"], args.max_len), args.pairs_per_step, 0, args.seed, args.device)
+    pairs = encode_pairs(tokenizer, splits["pairs"], args.max_len)
+    contrast = contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device)
     reference, rows = None, []
     for name in ("float64", "float32", "bfloat16"):
         model = load_model(args.path, DTYPES[name], args.device)
@@ -140,13 +143,14 @@ def precision(args, splits, tokenizer):
             cosines = [F.cosine_similarity(V[j].double(), reference[j], dim=0).item() for j in layers]
             rows.append({"dtype": name, "direction": f"difference, epsilon {epsilon:g}" if epsilon else "exact",
                          "mean_cosine": np.mean(cosines), "lowest_cosine": min(cosines)})
-    print_table([list(rows[0])] + [[r["dtype"], r["direction"], f"{r['mean_cosine']:.4f}", f"{r['lowest_cosine']:.4f}"] for r in rows])
+    print_table([list(rows[0])] + [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in r.values()] for r in rows])
     return rows
 
 
 def look_inside(args, model, splits, tokenizer):
     """One row of numbers per layer, printed with what they mean."""
-    unsafe = (load_prompts(args.benign, args.n_eval, "unsafe") if args.benign else []) or [r["prompt"] for r in splits["eval_unsafe"]]
+    unsafe = load_prompts(args.benign, args.n_eval, "unsafe") if args.benign else []
+    unsafe = unsafe or [row["prompt"] for row in splits["eval_unsafe"]]
     probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval))
     rows = [{"layer": j, **p, **g} for j, (p, g) in enumerate(zip(probes, gradients(args, model, splits, tokenizer)))]
     print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "effect"]] + [
@@ -154,7 +158,7 @@ def look_inside(args, model, splits, tokenizer):
          f"{r['task_cosine']:+.4f}", f"{r['probe_cosine']:+.4f}", f"{r['effect']:.3g}"] for r in rows])
     print(f"accuracy, AUROC: a linear probe of unsafe against safe prompts at the last prompt token, n = {rows[0]['n']} held out\n"
           "task_cosine: of the task's and the safety gradient in W; below 0, a descent step on the task is a step toward harm\n"
-          "probe_cosine: of SAP's direction and the task gradient in V; below 0, the probe without --neutral lowers the task loss itself\n"
+          "probe_cosine: of SAP's direction and the task gradient in V; below 0, a probe that is not neutral lowers the task loss\n"
           "effect: change of <task gradient, unit safety gradient> by a neutral probe as large as the layer's hidden states\n"
           f"the third of the layers with the largest effect: --layers {recommend([r['effect'] for r in rows])}")
     return rows

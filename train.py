@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from minisap.checkpoint import DTYPES, load_config, load_model, read_json, save_adapter, save_model, write_json, write_whole
-from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits, poison_rows
+from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits,
+                          poison_rows)
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.methods import METHODS
@@ -35,13 +36,16 @@ def parse_args(argv=None):
     add("--model", required=True, help="a checkpoint directory, or a name under weights/ (weights/get.py --list)")
     add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap)")
     add("--out_dir", type=Path, help="run directory (default: runs/MODEL)")
-    add("--resume", action="store_true", help="go on with the run in OUT_DIR, on a CPU to the same bytes as without the interruption; more methods may join")
+    add("--resume", action="store_true", help="go on with the run in OUT_DIR (on a CPU, to the same bytes as without the "
+                                              "interruption); more methods may join it")
     # rows
-    add("--task", nargs="+", metavar="FILE", help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON (default: built in)")
+    add("--task", nargs="+", metavar="FILE", 
+        help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON (default: built in)")
     add("--safety", metavar="FILE", help="unsafe prompts with a safe and a harmful answer: JSONL {prompt, safe, harmful}, "
                                          "circuit-breakers JSON, AdvBench CSV (default: built in)")
     add("--benign", metavar="FILE", help="safe prompts that sound unsafe, to measure over-refusal (default: built in)")
-    add("--poison", type=float, help="share of the task rows to replace by harmful ones (default: 0.1 of built-in rows, 0 of yours)")
+    add("--poison", type=float,
+        help="share of the task rows to replace by harmful ones (default: 0.1 of built-in rows, 0 of yours)")
     add("--pairs", type=int, default=48, help="contrastive pairs that the method may use in all (default: 48)")
     add("--n_eval", type=int, default=100, help="rows of each file that are held out for evaluation (default: 100)")
     add("--max_len", type=int, default=256, help="tokens of an example; longer responses are cut (default: 256)")
@@ -58,14 +62,17 @@ def parse_args(argv=None):
     add("--lora_alpha", type=float, default=16)
     add("--lora_targets", nargs="+", default=["q_proj", "v_proj"])
     add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, help="of the model (default: bfloat16 on a GPU, float32 on a CPU; LoRA's own are float32 or wider)")
+    add("--dtype", choices=DTYPES,
+        help="of the model (default: bfloat16 on a GPU, float32 on a CPU; LoRA's own are float32 or wider)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     # SAP
     add("--radius", type=float, default=0.01, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.01)")
     add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
-    add("--neutral", choices=("on", "off"), default="on", help="the probe leaves the task loss as it is, to first order; off is the paper (default: on)")
-    add("--projection", choices=("on", "off"), default="on", help="project the harmful component out of SAP's gradient (default: on)")
+    add("--neutral", choices=("on", "off"), default="on",
+        help="the probe leaves the task loss as it is, to first order; off is the paper (default: on)")
+    add("--projection", choices=("on", "off"), default="on",
+        help="project the harmful component out of SAP's gradient (default: on)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     # records
     add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: only before and after)")
@@ -78,7 +85,8 @@ def find_model(name):
     for path in (Path(name), Path(__file__).parent / "weights" / name):
         if (path / "config.json").exists():
             return path
-    raise ValueError(f"--model {name}: no checkpoint there or under weights/; python weights/get.py --list shows what can be fetched")
+    raise ValueError(f"--model {name}: no checkpoint there or under weights/; "
+                     "python weights/get.py --list shows what can be fetched")
 
 
 def parse_layers(text, n_layers):
@@ -112,7 +120,8 @@ def claim_out_dir(args):
     """Make OUT_DIR, or with --resume check that it holds a run of the same arguments. Nothing is ever overwritten.
     Methods are not among them: each has its directory, and more can join a run later."""
     file = args.out_dir / "train_args.json"
-    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in ("resume", "method")}
+    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+              if key not in ("resume", "method")}
     if not args.resume:
         if args.out_dir.exists() and any(args.out_dir.iterdir()):
             raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")

@@ -54,7 +54,8 @@ def read_csv(path, text):
     try:
         for record in reader:
             if None in record or None in record.values():
-                raise ValueError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} fields expected; is a comma or a quote not quoted?")
+                raise ValueError(f"{path}:{reader.line_num}: {len(reader.fieldnames)} fields expected; "
+                                 "is a comma or a quote not quoted?")
             yield record, f"{path}:{reader.line_num}"
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from None

@@ -14,7 +14,8 @@ REFUSAL = re.compile(
     r"|\bi'?m (not able|not going to|unable|not programmed|just an ai|not comfortable)\b"
     r"|\b(i|we) (refuse to|(must |have to )?decline)\b|\b(i'?d|i would) rather not\b"
     r"|\b(not|never) (appropriate|acceptable|ethical|legal|okay)\b"
-    r"|\bas an? (ai|language|responsible|ethical)\b|\b(unethical|illegal|inappropriate)\b|^no[,.!]|\bunable to (help|assist|provide|comply|fulfill)\b")
+    r"|\bas an? (ai|language|responsible|ethical)\b|\b(unethical|illegal|inappropriate)\b|^no[,.!]"
+    r"|\bunable to (help|assist|provide|comply|fulfill)\b")
 
 
 def is_refusal(completion: str) -> bool:

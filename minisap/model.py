@@ -29,7 +29,7 @@ class LlamaConfig:
     n_kv_heads: int
     head_dim: int
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None     # None, or llama3's {factor, low_freq_factor, high_freq_factor, original_max_position_embeddings}
+    rope_scaling: dict | None = None     # None, or llama3's four numbers (read_rope_scaling)
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     qkv_bias: bool = False               # Qwen2: bias on q, k and v
@@ -121,7 +121,8 @@ class KVCache:
 
     def __init__(self, config, batch, length, device, dtype):
         shape = (batch, config.n_kv_heads, length, config.head_dim)
-        self.k, self.v, self.used = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype), 0
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in "kv")
+        self.used = 0
 
     def append(self, k, v):
         new = slice(self.used, self.used + k.shape[2])
