@@ -88,7 +88,8 @@ def curves_of(records):
         same = curves.setdefault(r["method"], {}).setdefault(r["step"], {}).setdefault(r["metric"], [])
         if any(other["seed"] == r["seed"] for other in same):
             raise ValueError(f"seed {r['seed']} of {r['method']} stands in two runs")
-        same.append(r)
+        if r["step"] or not same:                                       # all seeds have one start: it counts once
+            same.append(r)
     return curves
 
 

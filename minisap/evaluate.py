@@ -1,5 +1,6 @@
 """How harmful, how useful, how over-cautious is a model: one record per metric, with n and a 95 % interval."""
 import torch
+from tqdm import tqdm
 
 from minisap.data import collate, encode_prompt, encode_rows
 from minisap.judge import JUDGE, is_refusal
@@ -16,7 +17,7 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, who
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [None] * len(ids)
-    for start in range(0, len(order), BATCH):
+    for start in tqdm(range(0, len(order), BATCH), desc="generate", leave=False):
         chosen = order[start:start + BATCH]
         for i, new in zip(chosen, model.generate([ids[i] for i in chosen], max_new_tokens, tokenizer.stop_ids)):
             texts[i] = "" if whole and len(new) == max_new_tokens else tokenizer.decode(new)
