@@ -12,7 +12,7 @@ import torch
 from minisap.checkpoint import DTYPES, load_model, read_json, write_json
 from minisap.data import load_safe_prompts, load_splits
 from minisap.evaluate import evaluate, print_records, print_table
-from minisap.script import check_minimum, load_tokenizer, pyplot, run, use_device
+from minisap.script import check_minimum, find_model, load_tokenizer, pyplot, run, use_device
 from minisap.stats import wilson
 from minisap.tokenizer import FORMATS
 
@@ -22,7 +22,7 @@ RUN_ARGS = {"task": None, "safety": None, "benign": None, "pairs": 48, "n_eval":
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="checkpoint directories; with --curves: run directories")
+    add("paths", nargs="+", type=Path, help="checkpoint directories, or names under weights/; with --curves: run directories")
     # rows: as in train.py; what is not given is as in the run that the checkpoints belong to, else built in
     add("--task", nargs="+", metavar="FILE")
     add("--safety", metavar="FILE")
@@ -151,6 +151,7 @@ def main(argv=None):
             plot_curves(curves, args.plot)
     else:
         use_device(args)
+        args.paths = [find_model("path", path) for path in args.paths]
         choose_rows(args)
         splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
         safe_prompts = load_safe_prompts(args.benign, args.n_eval)

@@ -19,7 +19,7 @@ from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, enc
 from minisap.evaluate import print_table, with_own_refusals
 from minisap.lora import add_lora, lora_layers
 from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
-from minisap.script import check_minimum, load_tokenizer, pyplot, run, use_device
+from minisap.script import check_minimum, find_model, load_tokenizer, pyplot, run, use_device
 from minisap.stats import auroc, wilson
 from minisap.tokenizer import FORMATS
 
@@ -27,7 +27,7 @@ from minisap.tokenizer import FORMATS
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("path", type=Path, help="a checkpoint directory")
+    add("model", help="a checkpoint directory, or a name under weights/")
     # rows: as in train.py
     add("--task", nargs="+", metavar="FILE")
     add("--safety", metavar="FILE")
@@ -134,7 +134,7 @@ def precision(args, splits, tokenizer):
     contrast = contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device)
     reference, rows = None, []
     for name in ("float64", "float32", "bfloat16"):
-        model = load_model(args.path, DTYPES[name], args.device)
+        model = load_model(args.model, DTYPES[name], args.device)
         W, layers = add_lora(model, targets=args.lora_targets, seed=args.seed), range(model.config.n_layers)
         g_hat = harmful_direction(model, W, **contrast)
         for epsilon in (0, 2e-5, 1e-3, 1e-1):
@@ -183,11 +183,12 @@ def main(argv=None):
     if args.plot:
         pyplot()
     use_device(args)
+    args.model = find_model("model", args.model)
     check_minimum(args, 1, "pairs", "n_eval", "max_len", "batches", "batch_size", "pairs_per_step")
     check_minimum(args, 0, "seed")
-    tokenizer = load_tokenizer(args.path, args.chat_format)
+    tokenizer = load_tokenizer(args.model, args.chat_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
-    model = load_model(args.path, DTYPES[args.dtype], args.device)
+    model = load_model(args.model, DTYPES[args.dtype], args.device)
     if args.safe_answers == "own":
         splits["pairs"] = with_own_refusals(model, tokenizer, splits["pairs"])
     rows = precision(args, splits, tokenizer) if args.precision else look_inside(args, model, splits, tokenizer)

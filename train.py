@@ -25,7 +25,7 @@ from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.methods import METHODS
 from minisap.model import Llama
-from minisap.script import check_minimum, load_tokenizer, run, use_device
+from minisap.script import check_minimum, find_model, load_tokenizer, run, use_device
 from minisap.tokenizer import FORMATS
 
 
@@ -53,15 +53,15 @@ def parse_args(argv=None):
     add("--safe_answers", choices=("own", "file"), default="own",
         help="contrast with the start model's own refusals where it refuses, or with the file's safe answers (default: own)")
     # training
-    add("--steps", type=int, default=60)
+    add("--steps", type=int, default=60, help="(default: 60)")
     add("--batch_size", type=int, default=8, help="task rows a step (default: 8)")
     add("--pairs_per_step", type=int, default=8, help="contrastive pairs a step (default: 8)")
     add("--learning_rate", type=float, default=5e-4, help="AdamW's (default: 5e-4)")
     add("--clip", type=float, default=1.0, help="largest norm of a step's gradient (default: 1.0)")
     add("--lora_rank", type=int, default=8, help="0 trains all weights (default: 8)")
-    add("--lora_alpha", type=float, default=16)
-    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"])
-    add("--seed", type=int, default=0)
+    add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
+    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers with LoRA (default: q_proj v_proj)")
+    add("--seed", type=int, default=0, help="of LoRA's start, the order of the rows, and the poison (default: 0)")
     add("--dtype", choices=DTYPES,
         help="of the model (default: bfloat16 on a GPU, float32 on a CPU; LoRA's own are float32 or wider)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -78,15 +78,6 @@ def parse_args(argv=None):
     add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: only before and after)")
     add("--save_every", type=int, default=50, help="save the state for --resume every so many steps (default: 50)")
     return parser.parse_args(argv)
-
-
-def find_model(name):
-    """The checkpoint directory that --model means."""
-    for path in (Path(name), Path(__file__).parent / "weights" / name):
-        if (path / "config.json").exists():
-            return path
-    raise ValueError(f"--model {name}: no checkpoint there or under weights/; "
-                     "python weights/get.py --list shows what can be fetched")
 
 
 def parse_layers(text, n_layers):
@@ -234,7 +225,7 @@ def prepare(args):
     args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
     use_device(args)
     check_args(args)
-    start = find_model(args.model)
+    start = find_model("--model", args.model)
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     args.out_dir = args.out_dir or Path("runs") / start.name

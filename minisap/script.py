@@ -1,5 +1,6 @@
 """What every script shares: checks of its arguments, how it ends when its input is wrong, how it draws."""
 import sys
+from pathlib import Path
 
 import torch
 
@@ -47,6 +48,15 @@ def use_device(args):
     check_minimum(args, 1, "threads")
     if args.threads:
         torch.set_num_threads(args.threads)
+
+
+def find_model(flag, name):
+    """The checkpoint directory that is meant: a path, or a name under weights/."""
+    for path in (Path(name), Path(__file__).resolve().parents[1] / "weights" / name):
+        if (path / "config.json").exists():
+            return path
+    raise ValueError(f"{flag} {name}: no checkpoint there or under weights/; "
+                     "python weights/get.py --list shows what can be fetched")
 
 
 def load_tokenizer(path, chat_format):

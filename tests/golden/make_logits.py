@@ -42,7 +42,7 @@ def main():
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     ids = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=False)
     logits, tokens = record(gguf.parent, ids, new_tokens=16, gguf_file=gguf.name)
-    golden["real"] = {"messages": PROMPT, "input_ids": ids, "last_logits": [round(x, 4) for x in logits[-1, ::64].tolist()], "tokens": tokens}
+    golden["real"] = {"messages": PROMPT, "input_ids": ids, "last_logits": [round(x, 5) for x in logits[-1, ::64].tolist()], "tokens": tokens}
     (Path(__file__).parent / "logits.json").write_text(json.dumps(golden) + "\n")
 
 
