@@ -42,10 +42,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def run_file(path):
+    """Where train.py keeps the arguments of the run that a checkpoint belongs to, if it belongs to one."""
+    return path.resolve().parent / "train_args.json"
+
+
 def choose_rows(args):
     """The row settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults."""
-    files = [path.resolve().parent / "train_args.json" for path in args.paths]
-    runs = [read_json(file) for file in files if file.exists()]
+    runs = [read_json(run_file(path)) for path in args.paths if run_file(path).exists()]
     for key, default in RUN_ARGS.items():
         found = [run[key] for run in runs]
         if getattr(args, key) is None:
@@ -58,11 +62,11 @@ def choose_rows(args):
 
 def measure(args, path, splits, safe_prompts):
     """Records of one checkpoint."""
-    tokenizer, resolved = load_tokenizer(path, args.chat_format), path.resolve()
+    tokenizer = load_tokenizer(path, args.chat_format)
     model = load_model(path, DTYPES[args.dtype], args.device)
     found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
-    in_run = (resolved.parent / "train_args.json").exists()
-    return [{"model": str(path), "method": resolved.name if in_run else "", "seed": "", "step": ""} | r for r in found]
+    method = path.resolve().name if run_file(path).exists() else ""
+    return [{"model": str(path), "method": method, "seed": "", "step": ""} | r for r in found]
 
 
 def read_runs(paths):

@@ -39,7 +39,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the run in OUT_DIR (on a CPU, to the same bytes as without the "
                                               "interruption); more methods may join it")
     # rows
-    add("--task", nargs="+", metavar="FILE", 
+    add("--task", nargs="+", metavar="FILE",
         help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON (default: built in)")
     add("--safety", metavar="FILE", help="unsafe prompts with a safe and a harmful answer: JSONL {prompt, safe, harmful}, "
                                          "circuit-breakers JSON, AdvBench CSV (default: built in)")

@@ -50,6 +50,7 @@ def read_jsonl(path, text):
 
 
 def read_csv(path, text):
+    """(record, "file:line") of every row; ValueError at a row with more or fewer fields than the header, or an open quote."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for record in reader:
@@ -78,6 +79,7 @@ def load_rows(path) -> list[dict]:
 
 
 def task_row(record, source):
+    """{prompt, response} of a record in any of load_rows' formats; ValueError names `source` and the key."""
     if "messages" in record:
         messages = record["messages"]
         if not isinstance(messages, list):
@@ -102,6 +104,7 @@ def load_safety_rows(path) -> list[dict]:
 
 
 def safety_row(i, record, source):
+    """{prompt, safe, harmful} of a record in any of load_safety_rows' formats; AdvBench's i-th takes REFUSALS by turns."""
     if "goal" in record:
         prompt, safe, harmful = text_of(record, "goal", source), REFUSALS[i % len(REFUSALS)], text_of(record, "target", source)
     elif "llama3_output" in record:
@@ -118,22 +121,27 @@ def load_prompts(path, n, label) -> list[str]:
     records = [(record, source) for record, source in read_records(path) if record.get("label", "safe") == label]
     keys = ("prompt", "goal", "instruction")
     prompts = [text_of(r, next((key for key in keys if key in r), "prompt"), source) for r, source in records]
-    return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:n]]
+    return shuffle(prompts)[:n]
 
 
 def load_safe_prompts(path, n) -> list[str]:
     """At most n safe prompts of a file, or of the built-in rows."""
-    prompts = load_prompts(path, n, "safe") if path else demo.safe_prompts(n)
+    prompts = load_prompts(path, n, "safe") if path else shuffle(demo.safe_prompts())[:n]
     if not prompts:
         raise ValueError(f"{path}: no row is labelled safe")
     return prompts
+
+
+def shuffle(rows) -> list:
+    """In an order that is always the same, whatever the seed of the run."""
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
 
 
 def split_rows(rows, first, last, source):
     """(the first rows, the rows between, the last rows) in an order shuffled once, the same for every seed."""
     if len(rows) <= first + last:
         raise ValueError(f"{source}: {len(rows)} rows are too few to set {first} + {last} of them apart")
-    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    shuffled = shuffle(rows)
     return shuffled[:first], shuffled[first:len(rows) - last], shuffled[len(rows) - last:]
 
 
@@ -163,11 +171,9 @@ def poison_rows(rows, safety_rows, p, seed):
 
 def batch_rows(rows, batch_size, step, seed):
     """The rows of one step: the stream of all rows, shuffled anew in each epoch, cut into batches."""
-    picked = []
-    for i in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(i, len(rows))
-        picked.append(rows[np.random.default_rng([seed, 0, epoch]).permutation(len(rows))[place]])
-    return picked
+    places = [divmod(i, len(rows)) for i in range(step * batch_size, (step + 1) * batch_size)]         # (epoch, place)
+    orders = {epoch: np.random.default_rng([seed, 0, epoch]).permutation(len(rows)) for epoch in dict(places)}
+    return [rows[orders[epoch][place]] for epoch, place in places]
 
 
 def messages_of(prompt):

@@ -47,10 +47,9 @@ def safety_rows() -> list[dict]:
              "source": f"demo:{i}"} for i, (prompt, action) in enumerate(pairs)]
 
 
-def safe_prompts(n) -> list[str]:
-    """n of the safe actions in all their frames, in shuffled order."""
-    prompts = [frame.format(action) for action in actions(SAFE) for frame in FRAMES]
-    return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:n]]
+def safe_prompts() -> list[str]:
+    """Every safe action in every frame."""
+    return [frame.format(action) for action in actions(SAFE) for frame in FRAMES]
 
 
 def task_rows(n=800, seed=0) -> list[dict]:
@@ -63,6 +62,7 @@ def task_rows(n=800, seed=0) -> list[dict]:
 
 
 def question(random):
+    """(prompt, response) of one of six kinds, with numbers, words and days that the generator `random` draws."""
     a, b = (int(x) for x in random.integers(2, 100, 2))
     word, other = (str(w) for w in random.choice(WORDS, 2, replace=False))
     day, ahead = int(random.integers(7)), int(random.integers(2, 30))

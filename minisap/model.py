@@ -98,6 +98,11 @@ def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     return torch.lerp(frequency / s["factor"], frequency, ramp.clamp(0, 1))
 
 
+def widen(x):
+    """In float32 or wider (not .float(): that would round float64 down): sums of squares over- and underflow in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotate(x, cos, sin):
     """RoPE in Hugging Face's split-half layout: feature i turns with feature i + Dh/2.  x: (B, heads, T, Dh)."""
     first, second = x.chunk(2, dim=-1)
@@ -111,7 +116,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))       # not .float(): that would round float64 down
+        wide = widen(x)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
@@ -141,6 +146,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_heads * Dh, D, bias=False)
 
     def forward(self, x, rope, mask, cache):
+        """x (B, T, D) -> (B, T, D).  rope: (cos, sin) of every position.  mask (B, 1, T, S) or None for causal.
+        cache: this layer's KVCache while generating, else None."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, H, T, Dh)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, K, T, Dh)
@@ -249,7 +256,7 @@ def pick(logits, temperature, generator):
     """Next token ids (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+    probabilities = torch.softmax(widen(logits) / temperature, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minisap.model import widen
+
 
 def response_nll(model, batch, probe=None, hidden=None):
     """(nats, tokens), both (B,): each row's negative log-likelihood of its labelled tokens, and how many they are."""
@@ -32,11 +34,6 @@ def safety_loss(model, safe, harmful):
     safe_nats, safe_tokens = response_nll(model, safe)
     harmful_nats, harmful_tokens = response_nll(model, harmful)
     return (safe_nats / safe_tokens - harmful_nats / harmful_tokens).mean()
-
-
-def widen(x):
-    """In float32 or wider: sums of squares of half-precision gradients over- and underflow."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inner(a, b):
