@@ -4,7 +4,6 @@
     python eval.py weights/X --safety FILE --task FILE              ... or on the held-out part of your rows
     python eval.py runs/mine runs/other --curves --plot curve.png   harmful score against task loss, as training recorded it
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -12,29 +11,20 @@ import torch
 from minisap.checkpoint import DTYPES, load_model, read_json, write_json
 from minisap.data import load_safe_prompts, load_splits
 from minisap.evaluate import evaluate, print_records, print_table
-from minisap.script import check_minimum, find_model, load_tokenizer, pyplot, run, use_device
+from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, find_model, load_tokenizer, pyplot, run,
+                            use_device)
 from minisap.stats import wilson
-from minisap.tokenizer import FORMATS
 
 RUN_ARGS = {"task": None, "safety": None, "benign": None, "pairs": 48, "n_eval": 100, "max_len": 256}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="checkpoint directories, or names under weights/; with --curves: run directories")
-    # rows: as in train.py; what is not given is as in the run that the checkpoints belong to, else built in
-    add("--task", nargs="+", metavar="FILE")
-    add("--safety", metavar="FILE")
-    add("--benign", metavar="FILE")
-    add("--pairs", type=int, help="rows of the safety file that were the method's, and are left out (default: 48)")
-    add("--n_eval", type=int, help="held-out rows of each file (default: 100)")
-    add("--max_len", type=int)
-    add("--chat_format", choices=FORMATS)
-    # how
-    add("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int)
+    add_row_flags(add)
+    parser.set_defaults(**dict.fromkeys(RUN_ARGS))                      # None: as in the run that the checkpoints belong to
+    add_machine_flags(add)
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
     add("--curves", action="store_true", help="print the records that train.py --eval_every left, averaged over seeds")

@@ -5,7 +5,6 @@ where SAP's probe would have most effect.
     python probe.py weights/X --safety FILE --task FILE --plot layers.png
     python probe.py weights/X --precision                      does the probe's direction survive bfloat16?
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -19,34 +18,25 @@ from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, enc
 from minisap.evaluate import print_table, with_own_refusals
 from minisap.lora import add_lora, lora_layers
 from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
-from minisap.script import check_minimum, find_model, load_tokenizer, pyplot, run, use_device
+from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, find_model, load_tokenizer, pyplot, run,
+                            use_device)
 from minisap.stats import auroc, wilson
-from minisap.tokenizer import FORMATS
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("model", help="a checkpoint directory, or a name under weights/")
-    # rows: as in train.py
-    add("--task", nargs="+", metavar="FILE")
-    add("--safety", metavar="FILE")
-    add("--benign", metavar="FILE", help="safe prompts, set against the unsafe ones that the file labels so, else against --safety's")
-    add("--pairs", type=int, default=48)
-    add("--n_eval", type=int, default=100, help="unsafe and safe prompts for the linear probes, each (default: 100)")
-    add("--max_len", type=int, default=256)
-    add("--chat_format", choices=FORMATS)
+    add_row_flags(add)
     # how
     add("--batches", type=int, default=4, help="batches over which gradients are averaged (default: 4)")
-    add("--batch_size", type=int, default=8)
-    add("--pairs_per_step", type=int, default=8)
+    add("--batch_size", type=int, default=8, help="task rows of a batch (default: 8)")
+    add("--pairs_per_step", type=int, default=8, help="contrastive pairs of a batch (default: 8)")
     add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="W: LoRA at its start on these (default: q_proj v_proj)")
     add("--safe_answers", choices=("own", "file"), default="own", help="as in train.py (default: own)")
     add("--precision", action="store_true", help="compare the probe's direction in bfloat16 and float32 with that in float64")
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int)
+    add("--seed", type=int, default=0, help="of LoRA's start and the order of the rows (default: 0)")
+    add_machine_flags(add)
     # results
     add("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     add("--plot", type=Path, metavar="PNG", help="draw them per layer (needs matplotlib)")
@@ -191,7 +181,11 @@ def main(argv=None):
     model = load_model(args.model, DTYPES[args.dtype], args.device)
     if args.safe_answers == "own":
         splits["pairs"] = with_own_refusals(model, tokenizer, splits["pairs"])
-    rows = precision(args, splits, tokenizer) if args.precision else look_inside(args, model, splits, tokenizer)
+    if args.precision:
+        del model                                                           # precision loads its own, one at a time
+        rows = precision(args, splits, tokenizer)
+    else:
+        rows = look_inside(args, model, splits, tokenizer)
     if args.out:
         write_json(args.out, rows)
     if args.plot and not args.precision:

@@ -6,7 +6,6 @@
 
 Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokenizer) with adapter/, log.jsonl and eval.json.
 """
-import argparse
 import json
 import math
 import re
@@ -23,14 +22,13 @@ from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, enc
                           poison_rows)
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
-from minisap.methods import METHODS
+from minisap.methods import METHODS, PAIRLESS
 from minisap.model import Llama
-from minisap.script import check_minimum, find_model, load_tokenizer, run, use_device
-from minisap.tokenizer import FORMATS
+from minisap.script import Parser, add_machine_flags, add_row_flags, check_minimum, find_model, load_tokenizer, run, use_device
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     # what to train
     add("--model", required=True, help="a checkpoint directory, or a name under weights/ (weights/get.py --list)")
@@ -39,17 +37,9 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the run in OUT_DIR (on a CPU, to the same bytes as without the "
                                               "interruption); more methods may join it")
     # rows
-    add("--task", nargs="+", metavar="FILE",
-        help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON (default: built in)")
-    add("--safety", metavar="FILE", help="unsafe prompts with a safe and a harmful answer: JSONL {prompt, safe, harmful}, "
-                                         "circuit-breakers JSON, AdvBench CSV (default: built in)")
-    add("--benign", metavar="FILE", help="safe prompts that sound unsafe, to measure over-refusal (default: built in)")
+    add_row_flags(add)
     add("--poison", type=float,
         help="share of the task rows to replace by harmful ones (default: 0.1 of built-in rows, 0 of yours)")
-    add("--pairs", type=int, default=48, help="contrastive pairs that the method may use in all (default: 48)")
-    add("--n_eval", type=int, default=100, help="rows of each file that are held out for evaluation (default: 100)")
-    add("--max_len", type=int, default=256, help="tokens of an example; longer responses are cut (default: 256)")
-    add("--chat_format", choices=FORMATS, help="where the checkpoint's own template does not tell")
     add("--safe_answers", choices=("own", "file"), default="own",
         help="contrast with the start model's own refusals where it refuses, or with the file's safe answers (default: own)")
     # training
@@ -62,10 +52,8 @@ def parse_args(argv=None):
     add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
     add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers with LoRA (default: q_proj v_proj)")
     add("--seed", type=int, default=0, help="of LoRA's start, the order of the rows, and the poison (default: 0)")
-    add("--dtype", choices=DTYPES,
-        help="of the model (default: bfloat16 on a GPU, float32 on a CPU; LoRA's own are float32 or wider)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    # machine
+    add_machine_flags(add)
     # SAP
     add("--radius", type=float, default=0.01, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.01)")
     add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
@@ -102,7 +90,7 @@ def check_args(args):
     check_minimum(args, 0, "radius", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
-    needy = [method for method in args.method if method not in ("sft", "random_probe")] + ["--poison"] * (args.poison > 0)
+    needy = [method for method in args.method if method not in PAIRLESS] + ["--poison"] * (args.poison > 0)
     if args.task and not args.safety and needy:
         raise ValueError(f"{needy[0]} needs safety rows beside --task: give --safety FILE")
 
@@ -255,7 +243,10 @@ def main(argv=None):
     start_file = args.out_dir / "start.json"
     if not start_file.exists():
         write_json(start_file, measure(model, "start", 0))
-    pairs = encode_pairs(tokenizer, choose_safe_answers(args, model, tokenizer, splits["pairs"]), args.max_len)
+    pairs = splits["pairs"]
+    if set(args.method) - set(PAIRLESS):
+        pairs = choose_safe_answers(args, model, tokenizer, pairs)
+    pairs = encode_pairs(tokenizer, pairs, args.max_len)
     del model
     records = read_json(start_file)
     for method in args.method:

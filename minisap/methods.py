@@ -71,4 +71,5 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
     return RELEASED_LR * (m / (1 - beta_1**count)) / ((v / (1 - beta_2**count)).sqrt() + 1e-8)
 
 
+PAIRLESS = ("sft", "random_probe")                                      # these make no use of contrastive pairs
 METHODS = {"sft": sft, "sap": sap, "project": project, "random_probe": random_probe, "mix": mix, "released": released}

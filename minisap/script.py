@@ -1,11 +1,42 @@
-"""What every script shares: checks of its arguments, how it ends when its input is wrong, how it draws."""
+"""What every script shares: flags and their checks, how it ends when its input is wrong, how it draws."""
+import argparse
 import sys
 from pathlib import Path
 
 import torch
 
-from minisap.checkpoint import load_config
-from minisap.tokenizer import Tokenizer
+from minisap.checkpoint import DTYPES, load_config
+from minisap.tokenizer import FORMATS, Tokenizer
+
+
+class Parser(argparse.ArgumentParser):
+    """The script's docstring is its help; a wrong flag is one line, like any other wrong input."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+
+def add_row_flags(add):
+    """Which rows: the same flags, and so the same rows, in every script."""
+    add("--task", nargs="+", metavar="FILE", help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON; FILE[a:b] "
+                                                  "takes a range (default: built in)")
+    add("--safety", metavar="FILE", help="unsafe prompts with a safe and a harmful answer: JSONL {prompt, safe, harmful}, "
+                                         "circuit-breakers JSON, AdvBench CSV (default: built in)")
+    add("--benign", metavar="FILE", help="safe prompts that sound unsafe, to measure over-refusal; probe.py sets them "
+                                         "against those that the file labels unsafe (default: built in)")
+    add("--pairs", type=int, default=48, help="contrastive pairs, of the safety file, that the method may use in all (default: 48)")
+    add("--n_eval", type=int, default=100, help="rows of each file that are held out for evaluation (default: 100)")
+    add("--max_len", type=int, default=256, help="tokens of an example; longer responses are cut (default: 256)")
+    add("--chat_format", choices=FORMATS, help="where the checkpoint's own template does not tell")
+
+
+def add_machine_flags(add):
+    add("--dtype", choices=DTYPES, help="of the model (default: bfloat16 on a GPU, float32 on a CPU)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is one)")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
 
 
 def run(main, interrupted="interrupted"):

@@ -83,7 +83,9 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
 def test_resume_skips_what_is_finished_adds_methods_and_refuses_other_arguments(start, tmp_path):
     out = train(start, tmp_path / "run", "--method", "sft")
     before = (out / "sft" / "model.safetensors").stat().st_mtime_ns
+    assert not (out / "pairs.json").exists()                            # SFT uses no pairs: no refusals were generated
     train(start, out, "--method", "sft", "project", "--resume")
+    assert len(read_json(out / "pairs.json")) == 4
     assert (out / "sft" / "model.safetensors").stat().st_mtime_ns == before and (out / "project" / "eval.json").exists()
     with pytest.raises(ValueError, match="train_args.json has learning_rate = 0.0005, this command learning_rate = 0.1"):
         train(start, out, "--method", "sft", "--resume", "--learning_rate", "0.1")
@@ -178,6 +180,7 @@ def held_out(n):
 
 @pytest.mark.parametrize("arguments, message", [
     (lambda p: ["--model", "nowhere"], "error: --model nowhere: no checkpoint there or under weights/"),
+    (lambda p: ["--poison", "much"], "error: argument --poison: invalid float value: 'much'; see --help"),
     (lambda p: ["--layers", "1-5"], "error: --layers 1-5: the model has layers 0 to 1"),
     (lambda p: ["--layers", "0-1-1"], "error: --layers 0-1-1: expected something like 10-19 or 3,9"),
     (lambda p: ["--method", "sft", "--task", write(p / "a.jsonl", '{"prompt": "q"}\n')], "a.jsonl:1: response is missing"),

