@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from minisap.checkpoint import DTYPES, load_model, read_json, write_json
+from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import load_safe_prompts, load_splits
-from minisap.evaluate import evaluate, print_records, print_table
-from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, find_model, load_tokenizer, pyplot, run,
-                            use_device)
+from minisap.evaluate import SHARES, evaluate, print_records, print_table
+from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
+                            pyplot, run, use_device)
 from minisap.stats import wilson
 
-RUN_ARGS = {"task": None, "safety": None, "benign": None, "pairs": 48, "n_eval": 100, "max_len": 256}
+RUN_ARGS = {"task": None, "safety": None, "benign": None, "pairs": 48, "n_eval": 100, "max_len": 256, "chat_format": None, "dtype": None}
 
 
 def parse_args(argv=None):
@@ -23,8 +23,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="checkpoint directories, or names under weights/; with --curves: run directories")
     add_row_flags(add)
-    parser.set_defaults(**dict.fromkeys(RUN_ARGS))                      # None: as in the run that the checkpoints belong to
     add_machine_flags(add)
+    parser.set_defaults(**dict.fromkeys(RUN_ARGS))                      # None: as in the run that the checkpoints belong to
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
     add("--curves", action="store_true", help="print the records that train.py --eval_every left, averaged over seeds")
@@ -38,10 +38,10 @@ def run_file(path):
 
 
 def choose_rows(args):
-    """The row settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults."""
-    runs = [read_json(run_file(path)) for path in args.paths if run_file(path).exists()]
+    """The settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults."""
+    runs = [read_object(run_file(path)) for path in args.paths if run_file(path).exists()]
     for key, default in RUN_ARGS.items():
-        found = [run[key] for run in runs]
+        found = [run.get(key) for run in runs]
         if getattr(args, key) is None:
             if any(value != found[0] for value in found):
                 raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; choose by --{key}")
@@ -61,9 +61,9 @@ def measure(args, path, splits, safe_prompts):
 
 def read_runs(paths):
     """The records that train.py wrote under run directories that differ in their seed alone."""
-    records, first = [], read_json(paths[0] / "train_args.json")
+    records, first = [], read_object(paths[0] / "train_args.json")
     for path in paths:
-        for key, value in read_json(path / "train_args.json").items():
+        for key, value in read_object(path / "train_args.json").items():
             if key not in ("seed", "out_dir", "device", "threads") and first.get(key) != value:
                 raise ValueError(f"{path}: {key} = {value!r}, but {first.get(key)!r} in {paths[0]}; curves are over seeds alone")
         files = sorted(path.glob("*/eval.json"))
@@ -91,28 +91,28 @@ def average(records):
     return sum(r["value"] for r in records) / len(records)
 
 
-def format_share(records):
-    """Mean over seeds in %, Wilson's interval of all seeds' prompts together, and every seed's value."""
-    n = sum(r["n"] for r in records)
-    low, high = wilson(sum(r["value"] * r["n"] for r in records), n)
-    return f"{100 * average(records):.1f} [{100 * low:.1f}, {100 * high:.1f}]" + each(records, 100, ".0f")
-
-
-def each(records, scale, digits):
-    return f" ({', '.join(format(scale * r['value'], digits) for r in records)})" if len(records) > 1 else ""
+def format_seeds(records, scale=1, digits=".3f"):
+    """'mean over seeds [95 % interval over rows] (every seed)'. All seeds are measured on the same rows, so that more seeds do
+    not make the interval narrower: of a share it is Wilson's of the mean, of anything else the mean of the seeds' bounds."""
+    mean, n = average(records), records[0]["n"]
+    low, high = wilson(mean * n, n) if records[0]["metric"] in SHARES else (
+        sum(r[bound] for r in records) / len(records) for bound in ("ci_low", "ci_high"))
+    cells = [format(scale * value, digits) for value in (mean, low, high, *(r["value"] for r in records))]
+    return f"{cells[0]} [{cells[1]}, {cells[2]}]" + (f" ({', '.join(cells[3:])})" if len(records) > 1 else "")
 
 
 def print_curves(curves):
     """One line per method and step."""
-    rows = [["method", "step", "harmful %", "over-refusal %", "task loss"]]
+    columns = {"harmful_score": ("harmful %", 100, ".1f"), "over_refusal": ("over-refusal %", 100, ".1f"),
+               "task_loss": ("task loss", 1, ".3f"), "harm_margin": ("harm margin", 1, ".2f")}
+    rows = [["method", "step", *(title for title, _, _ in columns.values())]]
     for method, steps in curves.items():
         for step, metrics in steps.items():
-            loss = metrics["task_loss"]
-            rows.append([method, str(step), *(format_share(metrics[m]) for m in ("harmful_score", "over_refusal")),
-                         f"{average(loss):.3f}{each(loss, 1, '.3f')}"])
+            rows.append([method, str(step), *(format_seeds(metrics[m], scale, digits)
+                                              for m, (_, scale, digits) in columns.items())])
     print_table(rows)
-    n = ", ".join(str(r["n"]) for r in metrics["harmful_score"])
-    print(f"harmful: n = {n} prompts; in [] the 95 % interval, in () every seed")
+    print(f"in [] the 95 % interval over the rows, n = {metrics['harmful_score'][0]['n']} unsafe prompts, "
+          f"{metrics['over_refusal'][0]['n']} safe ones, {metrics['task_loss'][0]['n']} task rows; in () every seed")
 
 
 def plot_curves(curves, file):
@@ -135,8 +135,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.plot and not args.curves:
         raise ValueError("--plot draws the curves that --curves prints; give both")
-    if args.plot:
-        pyplot()
+    check_outputs(args)
     if args.curves:
         records = read_runs(args.paths)
         curves = curves_of(records)
@@ -144,9 +143,9 @@ def main(argv=None):
         if args.plot:
             plot_curves(curves, args.plot)
     else:
-        use_device(args)
         args.paths = [find_model("path", path) for path in args.paths]
         choose_rows(args)
+        use_device(args)
         splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
         safe_prompts = load_safe_prompts(args.benign, args.n_eval)
         records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]

@@ -18,8 +18,8 @@ from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, enc
 from minisap.evaluate import print_table, with_own_refusals
 from minisap.lora import add_lora, lora_layers
 from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
-from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, find_model, load_tokenizer, pyplot, run,
-                            use_device)
+from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
+                            pyplot, run, use_device)
 from minisap.stats import auroc, wilson
 
 
@@ -90,6 +90,7 @@ def gradients(args, model, splits, tokenizer):
     """Per layer, means over batches:
     task_cosine   cos(∇_W L_useful, ∇_W L_safe) over the layer's weights; below 0: task steps lead to harm
     probe_cosine  cos(∇_V L_su, ∇_V L_useful); below 0: the paper's probe lowers the task loss by itself
+    gap_norm      ‖∇_V L_su‖
     effect        how far a probe of the layer's own norm, neutral to the task, moves ⟨∇_W L_useful, ĝ⟩, to first order"""
     rows, pairs = encode_rows(tokenizer, splits["task"], args.max_len), encode_pairs(tokenizer, splits["pairs"], args.max_len)
     W = add_lora(model, targets=args.lora_targets, seed=args.seed)
@@ -105,8 +106,8 @@ def gradients(args, model, splits, tokenizer):
         task = [inner(of(g_W, j), of(g_hat, j)).item() for j in layers]
         probe = [F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in layers]
         neutral = [(d[j].norm() * median_norm(hidden[j], batch)).item() * (1 - probe[j] ** 2) ** 0.5 for j in layers]
-        measured.append([task, probe, neutral])
-    return [dict(zip(("task_cosine", "probe_cosine", "effect"), row)) for row in np.mean(measured, axis=0).T.tolist()]
+        measured.append([task, probe, [d[j].norm().item() for j in layers], neutral])
+    return [dict(zip(("task_cosine", "probe_cosine", "gap_norm", "effect"), row)) for row in np.mean(measured, axis=0).T.tolist()]
 
 
 def recommend(effects):
@@ -133,6 +134,7 @@ def precision(args, splits, tokenizer):
             cosines = [F.cosine_similarity(V[j].double(), reference[j], dim=0).item() for j in layers]
             rows.append({"dtype": name, "direction": f"difference, epsilon {epsilon:g}" if epsilon else "exact",
                          "mean_cosine": np.mean(cosines), "lowest_cosine": min(cosines)})
+        del model, W, g_hat, V                                              # before the next is loaded
     print_table([list(rows[0])] + [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in r.values()] for r in rows])
     return rows
 
@@ -143,12 +145,13 @@ def look_inside(args, model, splits, tokenizer):
     unsafe = unsafe or [row["prompt"] for row in splits["eval_unsafe"]]
     probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval))
     rows = [{"layer": j, **p, **g} for j, (p, g) in enumerate(zip(probes, gradients(args, model, splits, tokenizer)))]
-    print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "effect"]] + [
+    print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "gap_norm", "effect"]] + [
         [str(r["layer"]), f"{r['accuracy']:.3f}", f"[{r['ci_low']:.3f}, {r['ci_high']:.3f}]", f"{r['auroc']:.3f}",
-         f"{r['task_cosine']:+.4f}", f"{r['probe_cosine']:+.4f}", f"{r['effect']:.3g}"] for r in rows])
+         f"{r['task_cosine']:+.4f}", f"{r['probe_cosine']:+.4f}", f"{r['gap_norm']:.3g}", f"{r['effect']:.3g}"] for r in rows])
     print(f"accuracy, AUROC: a linear probe of unsafe against safe prompts at the last prompt token, n = {rows[0]['n']} held out\n"
           "task_cosine: of the task's and the safety gradient in W; below 0, a descent step on the task is a step toward harm\n"
           "probe_cosine: of SAP's direction and the task gradient in V; below 0, a probe that is not neutral lowers the task loss\n"
+          "gap_norm: of ∇_V L_su, per unit of V\n"
           "effect: change of <task gradient, unit safety gradient> by a neutral probe as large as the layer's hidden states\n"
           f"the third of the layers with the largest effect: --layers {recommend([r['effect'] for r in rows])}")
     return rows
@@ -156,7 +159,7 @@ def look_inside(args, model, splits, tokenizer):
 
 def plot_layers(rows, file):
     labels = {"auroc": "linear probe, AUROC\nunsafe against safe", "task_cosine": "cos(∇W task, ∇W safety)",
-              "probe_cosine": "cos(∇V gap, ∇V task)", "effect": "effect of a probe of\nthe layer's own norm"}
+              "probe_cosine": "cos(∇V gap, ∇V task)", "gap_norm": "norm of ∇V gap", "effect": "effect of a probe of\nthe layer's own norm"}
     figure, axes = pyplot().subplots(len(labels), sharex=True, figsize=(7, 8))
     for axis, (key, label) in zip(axes, labels.items()):
         axis.plot([row["layer"] for row in rows], [row[key] for row in rows], marker="o", markersize=3)
@@ -170,12 +173,13 @@ def plot_layers(rows, file):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.plot:
-        pyplot()
+    check_outputs(args)
     use_device(args)
     args.model = find_model("model", args.model)
     check_minimum(args, 1, "pairs", "n_eval", "max_len", "batches", "batch_size", "pairs_per_step")
     check_minimum(args, 0, "seed")
+    if "lm_head" in args.lora_targets:
+        raise ValueError("--lora_targets lm_head: it lies in no layer, and this table is per layer")
     tokenizer = load_tokenizer(args.model, args.chat_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
     model = load_model(args.model, DTYPES[args.dtype], args.device)

@@ -6,18 +6,18 @@
 
 Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokenizer) with adapter/, log.jsonl and eval.json.
 """
+import hashlib
 import json
 import math
 import re
-import resource
-import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minisap.checkpoint import DTYPES, load_config, load_model, read_json, save_adapter, save_model, write_json, write_whole
+from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, read_json, read_object, save_adapter,
+                                save_model, write_json, write_whole)
 from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits,
                           poison_rows)
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
@@ -75,10 +75,9 @@ def parse_layers(text, n_layers):
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise ValueError(f"--layers {text}: expected something like 10-19 or 3,9")
     bounds = [[int(j) for j in part.split("-")] for part in text.split(",")]
-    layers = sorted({j for first, *last in bounds for j in range(first, (last or [first])[0] + 1)})
-    if not layers or not 0 <= min(layers) <= max(layers) < n_layers:
+    if max(map(max, bounds)) >= n_layers or any(first > last for first, last in filter(lambda b: len(b) == 2, bounds)):
         raise ValueError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
-    return layers
+    return sorted({j for first, *last in bounds for j in range(first, (last or [first])[0] + 1)})
 
 
 def check_args(args):
@@ -96,8 +95,8 @@ def check_args(args):
 
 
 def claim_out_dir(args):
-    """Make OUT_DIR, or with --resume check that it holds a run of the same arguments. Nothing is ever overwritten.
-    Methods are not among them: each has its directory, and more can join a run later."""
+    """Make OUT_DIR, or with --resume check that it holds a run of the same arguments and rows. No run is ever overwritten.
+    Methods are not among the arguments: each has its directory, and more can join a run later."""
     file = args.out_dir / "train_args.json"
     wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("resume", "method")}
@@ -106,9 +105,10 @@ def claim_out_dir(args):
             raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
         args.out_dir.mkdir(parents=True, exist_ok=True)
         return write_json(file, wanted)
-    for key, old in read_json(file).items():
-        if key not in ("out_dir", "device", "threads") and wanted.get(key) != old:
-            raise ValueError(f"--resume: {file} has {key} = {old!r}, this command {key} = {wanted.get(key)!r}")
+    old = read_object(file)
+    for key in sorted(old.keys() | wanted.keys() - {"out_dir", "device", "threads"}):
+        if wanted.get(key) != old.get(key) and key not in ("out_dir", "device", "threads"):
+            raise ValueError(f"--resume: {file} has {key} = {old.get(key)!r}, this command {key} = {wanted.get(key)!r}")
 
 
 def choose_safe_answers(args, model, tokenizer, pairs):
@@ -135,6 +135,7 @@ def update(optimizer, W, grads, clip):
     if not math.isfinite(norm):
         raise ValueError(f"the gradient's norm is {norm}; a smaller --learning_rate or --radius, or a wider --dtype, may help")
     optimizer.step()
+    optimizer.zero_grad()                                               # the next gradient needs the room
     return norm
 
 
@@ -153,6 +154,7 @@ def train(args, method, start, task, pairs, measure, out_dir):
             contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
             grads, log = METHODS[method](model, W, batch, contrast, args, state)
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip)}
+            del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
@@ -168,21 +170,15 @@ def finish(args, method, model, state, records, measure, start, out_dir):
     if args.lora_rank:
         save_adapter(model, out_dir / "adapter", start)
         merge_lora(model)
-    cost = [record("seconds", state["seconds"], args.steps), record("peak_memory_bytes", peak_memory(args.device), 1)]
+    cost = [record("seconds", state["seconds"], args.steps)]
+    if args.device.startswith("cuda"):
+        cost.append(record("peak_memory_bytes", torch.cuda.max_memory_allocated(args.device), 1))
     records += [{"model": str(start), "method": method, "seed": args.seed, "step": args.steps} | r for r in cost]
     records += measure(model, method, args.steps)
     save_model(model, out_dir, start)
-    write_json(out_dir / "tokenizer_config.json", (read_json(out_dir / "tokenizer_config.json") if
-               (out_dir / "tokenizer_config.json").exists() else {}) | {"chat_format": args.chat_format})
+    name_chat_format(out_dir, args.chat_format)
     write_json(out_dir / "eval.json", records)
     return records
-
-
-def peak_memory(device):
-    """Bytes: of the GPU's allocator during this method, or this process's resident set (which never falls: of all so far)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def save_state(out_dir, W, optimizer, state, records):
@@ -198,7 +194,10 @@ def load_state(out_dir, W, optimizer):
     if not file.exists():
         (out_dir / "log.jsonl").unlink(missing_ok=True)
         return {"step": 0, "seconds": 0.0}, []
-    whole = torch.load(file, weights_only=True, map_location=W[0].device)
+    try:
+        whole = torch.load(file, weights_only=True, map_location=W[0].device)
+    except Exception as error:                                          # torch.load raises half a dozen kinds
+        raise ValueError(f"{file}: not a state that can be resumed ({error}); remove {out_dir} to begin anew") from None
     with torch.no_grad():
         for w, saved in zip(W, whole["W"]):
             w.copy_(saved)
@@ -218,6 +217,7 @@ def prepare(args):
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     args.out_dir = args.out_dir or Path("runs") / start.name
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
+    args.rows_sha256 = hashlib.sha256(json.dumps(splits).encode()).hexdigest()              # --resume notices other rows
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
     task = encode_rows(tokenizer, rows, args.max_len)
     encode_rows(tokenizer, splits["eval_task"], args.max_len)

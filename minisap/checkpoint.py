@@ -1,5 +1,6 @@
 """Checkpoint directories in Hugging Face layout: config.json, tokenizer files, *.safetensors; and adapters in peft layout."""
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from minisap.model import Llama, LlamaConfig
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "generation_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
+UMASK = os.umask(0)
+os.umask(UMASK)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -31,15 +34,21 @@ def read_json(path):
     text = read_text(path)
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+
+
+def read_object(path) -> dict:
+    """Parse a JSON file that holds one object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object, found {type(value).__name__}")
+    return value
 
 
 def load_config(path) -> LlamaConfig:
     """Read path/config.json. ValueError names the file, the key and the value that is not implemented."""
-    hf = read_json(Path(path) / "config.json")
-    if not isinstance(hf, dict):
-        raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
+    hf = read_object(Path(path) / "config.json")
     try:
         return LlamaConfig.from_hf(hf)
     except ValueError as error:
@@ -53,8 +62,8 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
     with torch.device("meta"):
         model = Llama(load_config(path))
     tensors = {}
-    for file in weight_files(path):
-        tensors |= read_tensors(file, dtype, device)
+    for file, names in weight_files(path).items():
+        tensors |= read_tensors(file, names, dtype, device)
     if model.config.tie_word_embeddings:                            # some checkpoints store the tied head, some do not
         embedding = tensors.get("model.embed_tokens.weight")
         if embedding is not None and not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
@@ -67,26 +76,35 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
 
 
 def weight_files(path):
-    """The safetensors files of a checkpoint directory: those that its index names, or the single file."""
-    index = path / "model.safetensors.index.json"
-    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is missing")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name}: missing")
-    return [path / name for name in names]
+    """{safetensors file: the names of its tensors}, as the checkpoint's index tells; of a single file {file: None}."""
+    index, files = path / "model.safetensors.index.json", {path / "model.safetensors": None}
+    if index.exists():
+        weight_map, files = read_object(index).get("weight_map"), {}
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index}: weight_map is missing, or does not give each tensor a file")
+        for name, file in weight_map.items():
+            files.setdefault(path / file, set()).add(name)
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: missing")
+    return files
 
 
-def read_tensors(file, dtype, device):
+def read_tensors(file, names, dtype, device):
+    """{name: tensor} of a file; ValueError where it is damaged, holds others than `names`, or is not in floating point."""
     try:
         with safe_open(file, framework="pt") as opened:
+            if wrong := names is not None and names ^ set(opened.keys()):
+                raise ValueError(f"{file}: the index and the file disagree on {min(wrong)}")
             # Llama 2's files also carry RoPE's frequencies, which the config determines.
-            names = [name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")]
-            return {name: opened.get_tensor(name).to(device, dtype) for name in names}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")}
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or not safetensors ({error})") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{file}: {name} is of type {tensor.dtype}; known: {', '.join(DTYPES)}")
+        tensors[name] = tensor.to(device, dtype)                    # a mapped tensor takes memory only when it is converted
+    return tensors
 
 
 def check_tensors(path, found, wanted):
@@ -147,10 +165,17 @@ def save_adapter(model, out_dir, base):
         "target_modules": sorted({attribute for _, _, attribute, _ in layers})})
 
 
+def name_chat_format(path, chat_format):
+    """Write the checkpoint's chat format into its tokenizer_config.json, beside what stands there."""
+    file = Path(path) / "tokenizer_config.json"
+    write_json(file, (read_object(file) if file.exists() else {}) | {"chat_format": chat_format})
+
+
 def write_whole(path, write):
     """Call write(temporary path), then give the file its name: a reader never sees half a file."""
     part = path.with_name(path.name + ".part")
     write(part)
+    part.chmod(0o666 & ~UMASK)                                      # safetensors would leave it to its owner alone
     part.replace(path)
 
 

@@ -21,7 +21,7 @@ from minisap.judge import REFUSALS
 def read_records(path):
     """[(record, "file:line")] of a .jsonl, .json or .csv file, or of a range of its rows: FILE[a:b].
     ValueError names the file and the line (row, in JSON)."""
-    path, chosen = re.fullmatch(r"(.*?)(?:\[(\d*:\d*)\])?", str(path)).groups()
+    path, chosen = re.fullmatch(r"(.*?)(?:\[(\d*:\d*)\])?", str(path), re.DOTALL).groups()
     path, chosen = Path(path), slice(*(int(i) if i else None for i in (chosen or ":").split(":")))
     if path.suffix == ".json":
         records = read_json(path)
@@ -45,7 +45,7 @@ def read_jsonl(path, text):
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         try:
             yield json.loads(line), f"{path}:{number}"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from None
 
 

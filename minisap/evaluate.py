@@ -87,12 +87,13 @@ def format_value(r):
 
 
 def print_records(records):
-    """One line per checkpoint, told apart by whatever differs among them, and one column per metric, with 95 % intervals."""
+    """One line per checkpoint, told apart by whatever differs among them, and one column per metric, with n and 95 % intervals."""
     keys = [key for key in ("model", "method", "seed", "step") if len({r[key] for r in records}) > 1] or ["model"]
-    metrics, lines = list(dict.fromkeys(r["metric"] for r in records)), {}
+    titles, lines = {}, {}
     for r in records:
+        titles[r["metric"]] = r["metric"] + (f" (n={r['n']})" if r["ci_low"] is not None else "")
         lines.setdefault(tuple(str(r[key]) for key in keys), {})[r["metric"]] = format_value(r)
-    print_table([[*keys, *metrics]] + [[*key, *(cells.get(metric, "") for metric in metrics)] for key, cells in lines.items()])
+    print_table([[*keys, *titles.values()]] + [[*key, *(cells.get(metric, "") for metric in titles)] for key, cells in lines.items()])
 
 
 def print_table(rows):

@@ -28,7 +28,7 @@ def lora_layers(model):
 
 
 def linear_layers(model):
-    return [(f"{name}.{attribute}", parent, attribute, layer) for name, parent in model.named_modules()
+    return [(f"{name}.{attribute}".lstrip("."), parent, attribute, layer) for name, parent in model.named_modules()
             for attribute, layer in parent.named_children() if isinstance(layer, nn.Linear)]
 
 

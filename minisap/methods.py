@@ -1,6 +1,6 @@
-"""Every way to fine-tune, behind one signature:  method(model, W, batch, pairs, args, state) -> (gradient, log).
+"""Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
-batch   the task's examples;  pairs = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
+batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
 args    layers, radius, neutral, projection, epsilon: see train.py --help
 state   a dict of tensors and numbers that the method may keep from step to step; it is saved with the run
 """
@@ -11,23 +11,23 @@ from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, probe
                          response_nll, sap_step, useful_loss, zero_probe)
 
 
-def sft(model, W, batch, pairs, args, state):
+def sft(model, W, batch, contrast, args, state):
     """Supervised fine-tuning: ∇_W L_useful."""
     loss = useful_loss(model, batch)
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 
 
-def sap(model, W, batch, pairs, args, state):
+def sap(model, W, batch, contrast, args, state):
     """Safety-Aware Probing (arXiv 2505.16737), then the projection; see sap.py."""
-    return sap_step(model, W, batch, pairs, args.layers, args.radius, args.neutral == "on", args.projection == "on", args.epsilon)
+    return sap_step(model, W, batch, contrast, args.layers, args.radius, args.neutral == "on", args.projection == "on", args.epsilon)
 
 
-def project(model, W, batch, pairs, args, state):
+def project(model, W, batch, contrast, args, state):
     """The projection alone: gradient surgery against the safety gradient (as PCGrad, arXiv 2001.06782, one-sided)."""
-    return sap_step(model, W, batch, pairs, layers=(), radius=0.0)
+    return sap_step(model, W, batch, contrast, layers=(), radius=0.0)
 
 
-def random_probe(model, W, batch, pairs, args, state):
+def random_probe(model, W, batch, contrast, args, state):
     """Control: a probe of SAP's norms and random direction, without projection. Does noise alone protect?"""
     random, hidden = np.random.default_rng([args.seed, 2, state["step"]]), []
     with torch.no_grad():
@@ -40,9 +40,9 @@ def random_probe(model, W, batch, pairs, args, state):
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 
 
-def mix(model, W, batch, pairs, args, state):
+def mix(model, W, batch, contrast, args, state):
     """SafeInstr (arXiv 2309.07875): the same safe answers that SAP contrasts, as more rows of the task batch."""
-    (nats, tokens), (safe_nats, safe_tokens) = response_nll(model, batch), response_nll(model, pairs["safe"])
+    (nats, tokens), (safe_nats, safe_tokens) = response_nll(model, batch), response_nll(model, contrast["safe"])
     loss = (nats.sum() + safe_nats.sum()) / (tokens.sum() + safe_tokens.sum())
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 
@@ -50,12 +50,12 @@ def mix(model, W, batch, pairs, args, state):
 RELEASED_EPSILON, RELEASED_LR = 2e-5, 0.05
 
 
-def released(model, W, batch, pairs, args, state):
+def released(model, W, batch, contrast, args, state):
     """The schedule of the paper's released code: V is fitted after the weight step, so that a batch is trained with the probe
     of the batch before; V takes one AdamW step from zero along a finite difference; layers 3 and 9 of 32; no projection."""
     V, layers = None, sorted({model.config.n_layers * j // 32 for j in (3, 9)})
     if "batch" in state:
-        g_hat = harmful_direction(model, W, **pairs)
+        g_hat = harmful_direction(model, W, **contrast)
         d, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
         V = {j: adam_step_from_zero(d[j], state, j) for j in layers}
     state["batch"] = batch

@@ -123,11 +123,11 @@ def project_out_harm(grads, g_hat):
     return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
-def sap_step(model, W, batch, pairs, layers, radius, neutral=True, projection=True, epsilon=0.0):
-    """(gradient, log) of one SAP step, for an optimizer to follow (line 7). pairs = {"safe": batch, "harmful": batch} of the
+def sap_step(model, W, batch, contrast, layers, radius, neutral=True, projection=True, epsilon=0.0):
+    """(gradient, log) of one SAP step, for an optimizer to follow (line 7). contrast = {"safe": batch, "harmful": batch} of the
     same unsafe prompts. radius 0 without projection is SFT, bit for bit."""
     log = {}
-    g_hat = harmful_direction(model, W, **pairs)                                            # line 2
+    g_hat = harmful_direction(model, W, **contrast)                                            # line 2
     V_safe = fit_probe(model, W, g_hat, batch, layers, radius, neutral, epsilon, log)       # lines 3, 4, 5
     loss = useful_loss(model, batch, V_safe)
     g_W = torch.autograd.grad(loss, W)                                                      # line 6

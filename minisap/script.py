@@ -1,9 +1,12 @@
 """What every script shares: flags and their checks, how it ends when its input is wrong, how it draws."""
 import argparse
+import math
+import os
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from minisap.checkpoint import DTYPES, load_config
 from minisap.tokenizer import FORMATS, Tokenizer
@@ -43,8 +46,11 @@ def run(main, interrupted="interrupted"):
     """Call main(). What is wrong with its input becomes one line on stderr and exit status 2; Ctrl-C says `interrupted`."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:             # the last: a disk that is full
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} Smaller --batch_size, --pairs_per_step or --max_len need less.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -52,7 +58,7 @@ def run(main, interrupted="interrupted"):
 
 
 def pyplot():
-    """matplotlib without a screen; ValueError where it is not installed. To be called before the work that is to be drawn."""
+    """matplotlib without a screen; ValueError where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -62,17 +68,29 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def check_outputs(args):
+    """Whether --out and --plot can be written, before hours go into what they are to hold."""
+    if args.plot and args.plot.suffix != ".png":
+        raise ValueError(f"--plot {args.plot}: the picture is a .png")
+    if args.plot:
+        pyplot()
+    for key in ("out", "plot"):
+        file = getattr(args, key)
+        if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+            raise ValueError(f"--{key} {file}: is a folder, or lies in none that can be written")
+
+
 def check_minimum(args, least, *keys):
     for key in keys:
         value = getattr(args, key)
-        if value is not None and not value >= least:                    # `not >=` also finds NaN
-            raise ValueError(f"--{key} {value}: at least {least}")
+        if value is not None and not least <= value < math.inf:         # so that NaN is out, too
+            raise ValueError(f"--{key} {value}: at least {least}" + (", and finite" if value == math.inf else ""))
 
 
 def use_device(args):
     """Check --device, set --threads, and settle --dtype where it is not given: bfloat16 on a GPU, float32 on a CPU."""
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:                     # a torch built without CUDA asserts
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")

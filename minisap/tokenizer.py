@@ -1,16 +1,15 @@
 """Text to token ids and back, and the chat formats, each written out as its family's own template renders it."""
+import re
 from pathlib import Path
 
 import tokenizers
 
-from minisap.checkpoint import read_json
+from minisap.checkpoint import read_object, read_text
 
 VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-# System messages that a chatml family's template inserts when the conversation has none.
-CHATML_SYSTEMS = ("You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-                  "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-                  "You are a helpful assistant.")
+# The system message that a chatml template spells out, for conversations that have none.
+CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^{}'\"<]+)<\|im_end\|>")
 
 
 def llama2(system, turns, generate):
@@ -49,11 +48,11 @@ def zephyr(system, turns, generate):
 
 
 def mistral(system, turns, generate):
-    """Version 3 of Mistral's template: the system message stands in the last user turn, if that ends the conversation."""
-    text = "<s>"
+    """Version 3 of Mistral's template: the system message stands in the last user turn."""
+    text, last = "<s>", max(i for i, (role, _) in enumerate(turns) if role == "user")
     for i, (role, content) in enumerate(turns):
-        if system and i == len(turns) - 1:
-            content = f"{system}\n\n{content}" if role == "user" else content
+        if system and i == last:
+            content = f"{system}\n\n{content}"
         text += f"[INST] {content}[/INST]" if role == "user" else f" {content.strip()}</s>"
     return text
 
@@ -65,6 +64,13 @@ def vicuna(system, turns, generate):
     return text + "ASSISTANT:" * generate
 
 
+# What a family's own template contains, as patterns; the first format that has all of its own is the one.
+MARKS = {
+    "llama3.1": ("Cutting Knowledge Date", r"<\|start_header_id\|>", r"<\|eot_id\|>"),
+    "llama3": (r"<\|start_header_id\|>", r"<\|eot_id\|>"), "chatml": (r"<\|im_start\|>", r"<\|im_end\|>"),
+    "zephyr": (r"<\|user\|>.{0,8}\+ *message\['content'\] *\+ *eos_token",), "llama2": ("<<SYS>>", r"\[INST\]"),
+    "mistral": (r"\[INST\]", r"\[/INST\]"), "vicuna": ("USER:", "ASSISTANT:"),
+}
 # format: (renderer, end-of-turn token)
 FORMATS = {
     "llama2": (llama2, "</s>"), "llama3": (llama3, "<|eot_id|>"), "llama3.1": (llama31, "<|eot_id|>"),
@@ -73,14 +79,13 @@ FORMATS = {
 
 
 def find_format(path, settings, vocabulary):
-    """Name the chat format of a checkpoint directory from what its own template contains. ValueError if that is unknown."""
+    """Name the chat format of a checkpoint directory from what its own template contains, or without one from its special
+    tokens. ValueError if that is unknown."""
     if "chat_format" in settings:
         return settings["chat_format"]
-    template = read_template(path, settings)
-    marks = {"<|start_header_id|>": "llama3.1" if "Cutting Knowledge Date" in template else "llama3", "<|im_start|>": "chatml",
-             "<|user|>": "zephyr", "<<SYS>>": "llama2", "[INST]": "mistral", "USER:": "vicuna"}
-    for mark, name in marks.items():
-        if mark in template or (not template and mark in vocabulary):
+    template = read_template(path, settings) or "\n".join(vocabulary)
+    for name, marks in MARKS.items():
+        if all(re.search(mark, template) for mark in marks):
             if name == "mistral" and " [/INST]" in template:
                 raise ValueError(f"{path}: the chat template of Mistral before v0.3 ('[INST] … [/INST]') is not implemented")
             return name
@@ -88,11 +93,15 @@ def find_format(path, settings, vocabulary):
 
 
 def read_template(path, settings):
-    file = path / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
+    """The checkpoint's chat template, "" without one; of several named ones, the default."""
+    if (path / "chat_template.jinja").exists():
+        return read_text(path / "chat_template.jinja")
     template = settings.get("chat_template") or ""
-    return template if isinstance(template, str) else " ".join(entry["template"] for entry in template)
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
+    if not isinstance(template, str):
+        raise ValueError(f"{path / 'tokenizer_config.json'}: chat_template is neither a text nor a list with a default")
+    return template
 
 
 class Tokenizer:
@@ -106,25 +115,27 @@ class Tokenizer:
             self.tokens = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:                                  # the library raises plain Exception
             raise ValueError(f"{path / 'tokenizer.json'}: {error}") from None
-        settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+        self.tokens.no_padding()                                    # a file may ask for both; neither is meant for training
+        self.tokens.no_truncation()
+        config = path / "tokenizer_config.json"
+        settings = read_object(config) if config.exists() else {}
         self.chat_format = chat_format or find_format(path, settings, self.tokens.get_vocab())
-        if self.chat_format not in FORMATS:
-            raise ValueError(f"chat_format = {self.chat_format!r} is unknown; known: {', '.join(FORMATS)}")
+        if not isinstance(self.chat_format, str) or self.chat_format not in FORMATS:
+            raise ValueError(f"{config}: chat_format = {self.chat_format!r} is unknown; known: {', '.join(FORMATS)}")
         self.render_turns, self.end_of_turn = FORMATS[self.chat_format]
-        self.vocab_size = max(self.tokens.get_vocab().values()) + 1
+        self.vocab_size = max(self.tokens.get_vocab().values(), default=-1) + 1
         if self.tokens.token_to_id(self.end_of_turn) is None:
             raise ValueError(f"{path}: chat_format {self.chat_format} ends a turn with {self.end_of_turn}, which is no token here")
         self.stop_ids = {self.tokens.token_to_id(self.end_of_turn)}
-        bos = settings.get("bos_token") or ""
-        self.bos = bos if isinstance(bos, str) else bos["content"]
-        template = read_template(path, settings)
-        self.default_system = next((s for s in CHATML_SYSTEMS if s in template), None) if self.chat_format == "chatml" else None
+        self.bos = [i for i in self.tokens.encode("").ids[:1] if i not in self.stop_ids]       # what the file puts first
+        found = CHATML_SYSTEM.search(read_template(path, settings)) if self.chat_format == "chatml" else None
+        self.default_system = found and found[1]
 
     def encode(self, text) -> list[int]:
         """Ids of a text in which special tokens are written out. A BOS is added where the tokenizer's own rules add one
         and the text does not already begin with it."""
-        already = bool(self.bos) and text.startswith(self.bos)
-        return self.tokens.encode(text, add_special_tokens=not already).ids
+        ids = self.tokens.encode(text, add_special_tokens=False).ids
+        return ids if ids[:1] == self.bos else self.bos + ids
 
     def decode(self, ids) -> str:
         return self.tokens.decode(ids, skip_special_tokens=True)

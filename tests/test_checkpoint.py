@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import minisap.checkpoint
 from minisap.checkpoint import load_model, save_adapter, save_model
-from minisap.lora import add_lora, merge_lora
+from minisap.lora import add_lora, lora_layers, merge_lora
 from tiny import BASE, CONFIGS, tiny_model, tiny_weights, write_checkpoint
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -83,6 +83,11 @@ def truncate(path):
     (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "index.json: weight_map is missing"),
     (lambda p: edit_config(p, tie_word_embeddings=True), "config.json ties lm_head to the embedding, but the file holds another"),
     (lambda p: edit_tensors(p, lambda t: t.update({"surprise": torch.ones(2)})), r"unexpected tensor surprise \(2,\)"),
+    (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "index.json: expected an object, found list"),
+    (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": null}}'), "index.json: weight_map"),
+    (lambda p: edit_tensors(p, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+     "model.norm.weight is of type torch.int8; known: float32"),
+    (lambda p: (p / "config.json").write_text("[" * 10**6), "config.json: not JSON"),
 ])
 def test_a_damaged_checkpoint_is_named(damage, message, tmp_path):
     damage(write_checkpoint(tmp_path))
@@ -95,6 +100,19 @@ def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00002-of-00003.safetensors: missing"):
         load_model(tmp_path)
+
+
+def test_an_index_that_contradicts_its_shards_is_named(tmp_path):
+    index = write_checkpoint(tmp_path, shards=2) / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(ValueError, match="the index and the file disagree on lm_head.weight"):
+        load_model(tmp_path)
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path):
+    save_model(tiny_model(), tmp_path / "out", write_checkpoint(tmp_path / "source"))
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1         # safetensors' own would be 0600
 
 
 def lora_model(dtype=torch.float64):
@@ -136,6 +154,13 @@ def test_lora_is_float32_on_a_bfloat16_model_and_deterministic():
     first, second = (add_lora(tiny_model(dtype=torch.bfloat16), r=4, alpha=8, seed=5) for _ in range(2))
     assert {w.dtype for w in first} == {torch.float32}
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_lora_names_are_the_model_s_own():
+    model = tiny_model()
+    add_lora(model, targets=("lm_head", "o_proj"))
+    names = dict(model.named_modules())
+    assert all(names[name] is layer for name, _, _, layer in lora_layers(model)) and len(lora_layers(model)) == 3
 
 
 def test_lora_on_an_unknown_target_is_refused():

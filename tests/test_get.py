@@ -137,6 +137,21 @@ def test_a_repository_without_weights_is_no_success(hub, tmp_path):
         fetch(hub, tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"size": "9"}, {"size": None}, {"path": 5}, {"lfs": "x"}, {"lfs": {}}, {"oid": None}])
+def test_a_list_that_is_none_is_refused_and_nothing_written(change, hub, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "entry", lambda name, data: {"type": "file", "path": name, "size": 1, "oid": "0"} | change)
+    with pytest.raises(ValueError, match="not a list of files"):
+        fetch(hub, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pytorch_file_that_is_none_is_named(hub, tmp_path):
+    del hub.files[REPOSITORY]["model.safetensors"]
+    hub.files[REPOSITORY]["pytorch_model.bin"] = b"junk"
+    with pytest.raises(ValueError, match="pytorch_model.bin: not a file of tensors"):
+        fetch(hub, tmp_path)
+
+
 @pytest.mark.parametrize("lie", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data + b"more", lambda data: b"<html>login</html>"])
 def test_a_file_that_is_not_the_announced_one_gets_no_name(lie, hub, tmp_path):
     hub.lie = {"model.safetensors": lie(hub.files[REPOSITORY]["model.safetensors"])}

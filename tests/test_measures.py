@@ -84,11 +84,11 @@ def test_nll_per_row_adds_up_to_the_training_loss(tmp_path):
 
 
 def test_tables_align_and_show_intervals(capsys):
-    share = {"metric": "harmful_score", "value": 0.12, "ci_low": 0.07, "ci_high": 0.198}
-    loss = {"metric": "task_loss", "value": 0.917, "ci_low": 0.871, "ci_high": 0.964}
+    share = {"metric": "harmful_score", "value": 0.12, "n": 50, "ci_low": 0.07, "ci_high": 0.198}
+    loss = {"metric": "task_loss", "value": 0.917, "n": 60, "ci_low": 0.871, "ci_high": 0.964}
     assert [format_value(r) for r in (share, loss)] == [" 12.0 % [7.0, 19.8]", "0.917 [0.871, 0.964]"]
     rows = [dict(model="m", seed=0, step=step, method=method, **r) for r in (share, loss) for step, method in ((0, "start"), (9, "sap"))]
     print_records(rows)
-    assert capsys.readouterr().out == ("method  step  harmful_score        task_loss\n"
-                                       "start   0      12.0 % [7.0, 19.8]  0.917 [0.871, 0.964]\n"
-                                       "sap     9      12.0 % [7.0, 19.8]  0.917 [0.871, 0.964]\n")
+    assert capsys.readouterr().out == ("method  step  harmful_score (n=50)  task_loss (n=60)\n"
+                                       "start   0      12.0 % [7.0, 19.8]   0.917 [0.871, 0.964]\n"
+                                       "sap     9      12.0 % [7.0, 19.8]   0.917 [0.871, 0.964]\n")

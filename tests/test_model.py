@@ -110,6 +110,22 @@ def rope_of(model, T):
     ({"num_attention_heads": 0}, "num_attention_heads = 0 is no positive integer"),
     ({"hidden_size": 33}, "hidden_size = 33 is no multiple of num_attention_heads = 4"),
     ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3_ROPE}, "rope_scaling: rope_type = 'llama3', but 'default'"),
+    ({"rope_theta": 500.0, "rope_parameters": {"rope_theta": 9.0}}, "rope_parameters: rope_theta = 9.0, but 500.0 elsewhere"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters: full_attention = "),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters: partial_rotary_factor = 0.5"),
+    ({"rope_scaling": {"factor": 4.0}}, "rope_type = 'default' with factor"),
+    ({"rope_scaling": LLAMA3_ROPE | {"type": "default"}}, "rope_scaling: type = 'default', but 'llama3'"),
+    ({"rope_scaling": LLAMA3_ROPE | {"factor": None}}, "factor = None is no positive number"),
+    ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor = 4.0 is not below high_freq_factor"),
+    ({"rope_theta": "10000"}, "rope_theta = '10000' is no positive number"),
+    ({"rope_theta": 0}, "rope_theta = 0 is no positive number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan"),
+    ({"rms_norm_eps": True}, "rms_norm_eps = True"),
+    ({"tie_word_embeddings": None}, "tie_word_embeddings = None"),
+    ({"is_causal": False}, "is_causal = False"),
+    ({"architectures": ["Gemma2ForCausalLM"]}, "architectures = "),
+    ({"vocab_size": 10**18}, "vocab_size = 1000000000000000000"),
 ])
 def test_what_is_not_implemented_is_refused_by_name_and_value(change, message):
     with pytest.raises(ValueError, match=message):

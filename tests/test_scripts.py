@@ -13,6 +13,7 @@ import probe as probe_script
 import train as train_script
 from minisap.checkpoint import load_model, read_json
 from minisap.lora import add_lora
+from minisap.script import run
 from minisap.tokenizer import Tokenizer
 from safetensors.torch import load_file
 from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer
@@ -38,8 +39,7 @@ def test_methods_start_alike_and_leave_checkpoints_that_are_read_again(start, tm
     sft, sap = (read_json(out / method / "eval.json") for method in ("sft", "sap"))
     assert {r["step"] for r in sft} == {2, 4} and {r["method"] for r in sap} == {"sap"}
     assert {"model", "method", "seed", "metric", "value", "n", "ci_low", "ci_high", "judge"} <= sft[0].keys()
-    assert {"harmful_score", "harm_margin", "over_refusal", "task_loss", "seconds", "peak_memory_bytes"} == {
-        r["metric"] for r in sft}
+    assert {"harmful_score", "harm_margin", "over_refusal", "task_loss", "seconds"} == {r["metric"] for r in sft}
     first = [json.loads((out / m / "log.jsonl").read_text().splitlines()[0])["loss"] for m in ("sft", "sap")]
     assert first[0] == pytest.approx(first[1], rel=0.05) and first[0] != first[1]        # the same rows, with a probe
     assert load_model(out / "sap").config == load_model(start).config
@@ -91,6 +91,35 @@ def test_resume_skips_what_is_finished_adds_methods_and_refuses_other_arguments(
         train(start, out, "--method", "sft", "--resume", "--learning_rate", "0.1")
 
 
+def test_resume_notices_rows_that_changed(start, tmp_path):
+    rows = [json.dumps({"prompt": f"q{i}", "response": "a"}) for i in range(20)]
+    more = ["--method", "sft", "--task", write(tmp_path / "task.jsonl", "\n".join(rows))]
+    out = train(start, tmp_path / "run", *more)
+    write(tmp_path / "task.jsonl", "\n".join(rows[1:]))
+    with pytest.raises(ValueError, match="train_args.json has rows_sha256 = "):
+        train(start, out, *more, "--resume")
+    (out / "train_args.json").write_text("{}")
+    with pytest.raises(ValueError, match="train_args.json has batch_size = None, this command batch_size = 2"):
+        train(start, out, *more, "--resume")
+
+
+def test_a_state_that_is_damaged_is_named(start, tmp_path):
+    out = train(start, tmp_path / "run", "--method", "sft")
+    (out / "sft" / "eval.json").unlink()
+    (out / "sft" / "state" / "state.pt").write_bytes(b"PK junk")
+    with pytest.raises(ValueError, match="state.pt: not a state that can be resumed"):
+        train(start, out, "--method", "sft", "--resume")
+
+
+def test_a_disk_that_is_full_is_one_line(start, tmp_path):
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv.pop(0); " \
+            "runpy.run_path('train.py', run_name='__main__')"
+    command = [sys.executable, "-c", limit, "train.py", "--model", str(start), "--out_dir", str(tmp_path / "run"), *FAST,
+               "--method", "sft", "--save_every", "9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+
+
 def test_eval_measures_what_train_recorded(start, tmp_path, capsys):
     out = train(start, tmp_path / "run", "--method", "sft")
     eval_script.main([str(out / "sft"), "--out", str(tmp_path / "eval.json")])
@@ -101,15 +130,15 @@ def test_eval_measures_what_train_recorded(start, tmp_path, capsys):
 
 
 def test_a_base_checkpoint_is_measured_on_the_rows_of_the_run_beside_it(start, tmp_path):
-    out = train(start, tmp_path / "run", "--method", "sft")
+    out = train(start, tmp_path / "run", "--method", "sft", "--chat_format", "vicuna", "--dtype", "float64")
     eval_script.main([str(start), str(out / "sft"), "--out", str(tmp_path / "eval.json")])
     recorded = {r["metric"]: r["value"] for r in read_json(out / "start.json")}
     found = {r["metric"]: (r["value"], r["n"]) for r in read_json(tmp_path / "eval.json") if r["model"] == str(start)}
-    assert found["task_loss"] == (pytest.approx(recorded["task_loss"], abs=1e-6), 6)
+    assert found["task_loss"] == (pytest.approx(recorded["task_loss"], abs=1e-12), 6)
 
 
 def test_what_is_trained_keeps_the_template(start, tmp_path):
-    (start / "chat_template.jinja").write_text("<|im_start|> You are a helpful assistant.")
+    (start / "chat_template.jinja").write_text("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")
     out = train(start, tmp_path / "run", "--method", "sft")
     messages = [{"role": "user", "content": "Hi"}]
     assert Tokenizer(out / "sft").render(messages) == Tokenizer(start).render(messages)
@@ -128,7 +157,8 @@ def test_curves_average_over_seeds(start, tmp_path, capsys):
     eval_script.main([*map(str, runs), "--curves"])
     losses = [next(r["value"] for r in read_json(run / "sft" / "eval.json") if r["metric"] == "task_loss" and r["step"] == 4) for run in runs]
     printed = capsys.readouterr().out
-    assert f"{sum(losses) / 2:.3f} ({losses[0]:.3f}, {losses[1]:.3f})" in printed and "n = 6, 6 prompts" in printed
+    assert f" ({losses[0]:.3f}, {losses[1]:.3f})" in printed and f"  {sum(losses) / 2:.3f} [" in printed
+    assert "n = 6 unsafe prompts, 6 safe ones, 6 task rows" in printed
     with pytest.raises(ValueError, match="seed 0 of sft stands in two runs"):
         eval_script.main([str(runs[0]), str(runs[0]), "--curves"])
     other = train(start, tmp_path / "other", "--method", "sft", "--seed", "2", "--learning_rate", "0.1")
@@ -143,10 +173,19 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(start, tmp_path, m
             script.main(["nowhere", "--plot", str(tmp_path / "a.png"), *more])
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["--out", "nowhere/a.json"], "--out nowhere/a.json: is a folder, or lies in none that can be written"),
+    (["--plot", "a.xyz"], "--plot a.xyz: the picture is a .png")])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(arguments, message):
+    for script, *more in ((eval_script, "--curves"), (probe_script,)):
+        with pytest.raises(ValueError, match=message):
+            script.main(["no model", *arguments, *more])
+
+
 def test_probe_reports_every_layer(start, tmp_path, capsys):
     probe_script.main([str(start), "--n_eval", "12", "--batches", "1", "--batch_size", "2", "--out", str(tmp_path / "probe.json")])
     rows = read_json(tmp_path / "probe.json")
-    assert [row["layer"] for row in rows] == [0, 1] and all(0 <= row["auroc"] <= 1 and -1 <= row["task_cosine"] <= 1 for row in rows)
+    assert [row["layer"] for row in rows] == [0, 1] and all(0 <= row["auroc"] <= 1 and row["gap_norm"] > 0 and -1 <= row["task_cosine"] <= 1 for row in rows)
     assert "--layers" in capsys.readouterr().out
 
 
@@ -182,6 +221,10 @@ def held_out(n):
     (lambda p: ["--model", "nowhere"], "error: --model nowhere: no checkpoint there or under weights/"),
     (lambda p: ["--poison", "much"], "error: argument --poison: invalid float value: 'much'; see --help"),
     (lambda p: ["--layers", "1-5"], "error: --layers 1-5: the model has layers 0 to 1"),
+    (lambda p: ["--layers", "0-999999999999"], "error: --layers 0-999999999999: the model has layers 0 to 1"),
+    (lambda p: ["--layers", "1-0"], "error: --layers 1-0: the model has layers 0 to 1"),
+    (lambda p: ["--learning_rate", "inf"], "error: --learning_rate inf: at least 0, and finite"),
+    (lambda p: ["--device", "meta"], "error: --device meta: "),
     (lambda p: ["--layers", "0-1-1"], "error: --layers 0-1-1: expected something like 10-19 or 3,9"),
     (lambda p: ["--method", "sft", "--task", write(p / "a.jsonl", '{"prompt": "q"}\n')], "a.jsonl:1: response is missing"),
     (lambda p: ["--method", "sft", "--task", str(p / "none.jsonl")], "none.jsonl: No such file"),
@@ -196,16 +239,20 @@ def held_out(n):
     (lambda p: ["--poison", "0.9"], "needs 715 harmful rows; there are 278"),
     (lambda p: ["--poison", "1.5"], "error: --poison 1.5: a share from 0 to 1"),
     (lambda p: ["--lora_targets", "c_attn"], "lora targets ['c_attn']"),
-    (lambda p: ["--chat_format", "vicuna"], None),
 ])
-def test_bad_input_is_one_line_status_2_and_nothing_written(arguments, message, start, tmp_path):
-    command = [sys.executable, "train.py", "--model", str(start), "--out_dir", str(tmp_path / "run"), *FAST, *arguments(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if message is None:
-        assert done.returncode == 0
-        return
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_bad_input_is_one_line_status_2_and_nothing_written(arguments, message, start, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: train(start, tmp_path / "run", *arguments(tmp_path)))
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and message in printed and len(printed.strip().splitlines()) == 1, printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("chat_format, status", [("vicuna", 0), ("alpaca", 2)])
+def test_the_command_itself_ends_with_its_status(chat_format, status, start, tmp_path):
+    command = [sys.executable, "train.py", "--model", str(start), "--out_dir", str(tmp_path / "run"), *FAST, "--chat_format", chat_format]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and (tmp_path / "run" / "sap" / "eval.json").exists() == (status == 0), done.stderr
 
 
 def test_a_directory_that_holds_a_run_is_left_alone(start, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 from minisap.data import (REFUSALS, batch_rows, collate, encode_example, encode_prompt, encode_rows, load_rows, load_safe_prompts,
                           load_safety_rows, poison_rows)
@@ -11,6 +12,7 @@ from minisap.tokenizer import FORMATS, Tokenizer
 from tiny import write_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "chat.json").read_text())
+CHATML = "{{{{ '<|im_start|>system\\n{}<|im_end|>\\n' }}}}"                # as the families' templates spell their system message
 SYSTEMS = {"smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
            "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}
 
@@ -18,7 +20,7 @@ SYSTEMS = {"smollm2": "You are a helpful AI assistant named SmolLM, trained by H
 def tokenizer_for(path, name):
     write_tokenizer(path, "chatml" if name in SYSTEMS else name)
     settings = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": SYSTEMS.get(name, "")}))
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHATML.format(SYSTEMS.get(name, ""))}))
     return Tokenizer(path)
 
 
@@ -30,10 +32,12 @@ def test_render_equals_the_family_s_own_template(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_labels_cover_the_response_and_its_end_of_turn_alone(name, tmp_path):
+@pytest.mark.parametrize("turns", [[], ["system"], ["user", "assistant"], ["system", "user", "assistant"]])
+def test_labels_cover_the_response_and_its_end_of_turn_alone(name, turns, tmp_path):
     tokenizer = tokenizer_for(tmp_path, name)
-    example = encode_example(tokenizer, "Who is she?", "Ada.", max_len=1000)
-    prompt_ids, ids = encode_prompt(tokenizer, "Who is she?"), example["input_ids"]
+    prompt = [{"role": role, "content": f"the {role}"} for role in turns] + [{"role": "user", "content": "Who is she?"}]
+    example = encode_example(tokenizer, prompt, "Ada.", max_len=1000)
+    prompt_ids, ids = encode_prompt(tokenizer, prompt), example["input_ids"]
     assert ids[:len(prompt_ids)] == prompt_ids
     assert example["labels"] == [-100] * len(prompt_ids) + ids[len(prompt_ids):]
     assert tokenizer.decode(ids[len(prompt_ids):]).strip() == "Ada."
@@ -50,8 +54,9 @@ def test_real_tokenizer_and_its_template(real):
 
 
 @pytest.mark.parametrize("template, expected", [
-    ("{{ '<|start_header_id|>' + role }}", "llama3"), ("Cutting Knowledge Date <|start_header_id|>", "llama3.1"),
-    ("<|im_start|>", "chatml"), ("{{ '<|user|>' + eos_token }}", "zephyr"), ("[INST] <<SYS>> ' [/INST]'", "llama2"),
+    ("{{ '<|start_header_id|>' + role }} <|eot_id|>", "llama3"),
+    ("Cutting Knowledge Date <|start_header_id|> <|eot_id|>", "llama3.1"), ("<|im_start|> <|im_end|>", "chatml"),
+    ("{{ '<|user|>\\n' + message['content'] + eos_token }}", "zephyr"), ("[INST] <<SYS>> ' [/INST]'", "llama2"),
     ('"[INST] " + content + "[/INST]"', "mistral"), ("USER: ASSISTANT:", "vicuna")])
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
 def test_the_chat_format_is_found_in_the_template(template, expected, place, tmp_path):
@@ -62,7 +67,10 @@ def test_the_chat_format_is_found_in_the_template(template, expected, place, tmp
 
 
 @pytest.mark.parametrize("template, message", [
-    ("'[INST] ' + content + ' [/INST]'", "Mistral before v0.3"), ("### Human:", "no chat template that is known here")])
+    ("'[INST] ' + content + ' [/INST]'", "Mistral before v0.3"), ("### Human:", "no chat template that is known here"),
+    ("{{ '<|user|>\\n' + message['content'] + '\\n' }}{{ '<|assistant|>\\n' + eos_token }}", "no chat template that is known"),
+    ("### Human ### USER:", "no chat template that is known"), (5, "chat_template is neither a text nor a list with a default"),
+    ([{"name": "tools", "template": "<|im_start|>"}], "chat_template is neither")])
 def test_a_template_that_is_not_known_is_refused(template, message, tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
@@ -75,12 +83,29 @@ def test_white_space_before_a_response_does_not_move_where_loss_begins(tmp_path)
     assert encode_example(tokenizer, "Hi", "\n\n a", 99) == encode_example(tokenizer, "Hi", "a", 99)
 
 
-def test_a_bos_is_never_doubled(tmp_path):
-    tokenizer = tokenizer_for(tmp_path, "llama2")
-    from tokenizers import processors
-    bos = tokenizer.tokens.token_to_id("<s>")
-    tokenizer.tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    assert tokenizer.encode("<s>a").count(bos) == tokenizer.encode("a").count(bos) == 1
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])
+def test_a_bos_comes_once_and_nothing_else_by_the_file_s_own_rules(single, tmp_path):
+    """Whatever tokenizer_config.json says of it; padding, truncation and an end of text that the file asks for stay out."""
+    plain = tokenizer_for(tmp_path, "llama2")
+    tokens, bos, eos = plain.tokens, plain.tokens.token_to_id("<s>"), plain.tokens.token_to_id("</s>")
+    expected = [bos, *plain.encode("abcdefgh")]
+    tokens.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", bos), ("</s>", eos)])
+    tokens.enable_padding(length=64)
+    tokens.enable_truncation(5)
+    tokens.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_format": "llama2", "bos_token": null}')
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("<s>abcdefgh") == tokenizer.encode("abcdefgh") == expected
+
+
+@pytest.mark.parametrize("settings, message", [
+    ("[]", "tokenizer_config.json: expected an object, found list"),
+    ('{"chat_format": ["chatml"]}', r"tokenizer_config.json: chat_format = \['chatml'\] is unknown"), ("{", "not JSON")])
+def test_damaged_settings_are_named(settings, message, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(tmp_path)
 
 
 def test_roles_must_alternate(tmp_path):
@@ -136,6 +161,8 @@ def test_prompts_labelled_unsafe_are_left_out(tmp_path):
     ("a.jsonl", '{"prompt": "q", "response": "a"}\n\n', "a.jsonl:2: not JSON"),
     ("a.jsonl", '{"prompt": "q"}\n', "a.jsonl:1: response is missing"),
     ("a.jsonl", '{"prompt": "q", "response": " "}\n', "a.jsonl:1: response is ' '"),
+    ("a.jsonl", "[" * 10**6, "a.jsonl:1: not JSON"),
+    ("a\nb.jsonl", "{", "b.jsonl:1: not JSON"),
     ("a.jsonl", '["q"]\n', "a.jsonl:1: expected an object, found list"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "q"}]}\n', "a.jsonl:1: messages must end with an assistant turn"),
     ("a.jsonl", '{"messages": "hi"}\n', "a.jsonl:1: messages is 'hi'; expected a list"),

