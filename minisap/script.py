@@ -33,7 +33,7 @@ def add_row_flags(add):
     add("--pairs", type=int, default=48, help="contrastive pairs, of the safety file, that the method may use in all (default: 48)")
     add("--n_eval", type=int, default=100, help="rows of each file that are held out for evaluation (default: 100)")
     add("--max_len", type=int, default=256, help="tokens of an example; longer responses are cut (default: 256)")
-    add("--chat_format", choices=FORMATS, help="where the checkpoint's own template does not tell")
+    add("--chat_format", choices=FORMATS, help="(default: what the checkpoint's own template tells)")
 
 
 def add_machine_flags(add):
