@@ -17,6 +17,9 @@ from minisap.stats import wilson
 
 RUN_ARGS = {"task": None, "safety": None, "benign": None, "pairs": 48, "n_eval": 100, "max_len": 256, "chat_format": None, "dtype": None}
 
+ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every")         # in which runs of one method may differ
+ANY_METHOD = ("radius", "layers", "neutral", "projection", "epsilon", "dtype")
+
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
@@ -60,19 +63,27 @@ def measure(args, path, splits, safe_prompts):
 
 
 def read_runs(paths):
-    """The records that train.py wrote under run directories that differ in their seed alone."""
-    records, first = [], read_object(paths[0] / "train_args.json")
+    """The records that train.py wrote under run directories: of one method they may differ in their seed alone, and between
+    methods in the method's own settings, too."""
+    records, first = [], {}
     for path in paths:
-        for key, value in read_object(path / "train_args.json").items():
-            if key not in ("seed", "out_dir", "device", "threads") and first.get(key) != value:
-                raise ValueError(f"{path}: {key} = {value!r}, but {first.get(key)!r} in {paths[0]}; curves are over seeds alone")
+        args = {key: value for key, value in read_object(path / "train_args.json").items() if key not in ANY_RUN}
         files = sorted(path.glob("*/eval.json"))
         if not files:
             raise ValueError(f"{path}: no run with METHOD/eval.json here")
         start = read_json(path / "start.json")
         for file in files:
+            check_alike(path, args, *first.setdefault(file.parent.name, (path, args)))
             records += [r | {"method": file.parent.name} for r in start] + read_json(file)
+        shared = {key: value for key, value in args.items() if key not in ANY_METHOD}
+        check_alike(path, shared, *first.setdefault("", (path, shared)))
     return records
+
+
+def check_alike(path, args, other_path, other):
+    for key in sorted(args.keys() & other.keys()):
+        if args[key] != other[key]:
+            raise ValueError(f"{path}: {key} = {args[key]!r}, but {other[key]!r} in {other_path}; curves are over seeds alone")
 
 
 def curves_of(records):

@@ -91,7 +91,7 @@ def gradients(args, model, splits, tokenizer):
     task_cosine   cos(∇_W L_useful, ∇_W L_safe) over the layer's weights; below 0: task steps lead to harm
     probe_cosine  cos(∇_V L_su, ∇_V L_useful); below 0: the paper's probe lowers the task loss by itself
     gap_norm      ‖∇_V L_su‖
-    effect        how far a probe of the layer's own norm, neutral to the task, moves ⟨∇_W L_useful, ĝ⟩, to first order"""
+    effect        how far a probe of the layer's own norm moves ⟨∇_W L_useful, ĝ⟩, to first order"""
     rows, pairs = encode_rows(tokenizer, splits["task"], args.max_len), encode_pairs(tokenizer, splits["pairs"], args.max_len)
     W = add_lora(model, targets=args.lora_targets, seed=args.seed)
     place = [int(name.split(".")[2]) for name, *_ in lora_layers(model) for _ in "AB"]
@@ -105,8 +105,9 @@ def gradients(args, model, splits, tokenizer):
         of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
         task = [inner(of(g_W, j), of(g_hat, j)).item() for j in layers]
         probe = [F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in layers]
-        neutral = [(d[j].norm() * median_norm(hidden[j], batch)).item() * (1 - probe[j] ** 2) ** 0.5 for j in layers]
-        measured.append([task, probe, [d[j].norm().item() for j in layers], neutral])
+        gap = [d[j].norm().item() for j in layers]
+        effect = [gap[j] * median_norm(hidden[j], batch).item() for j in layers]
+        measured.append([task, probe, gap, effect])
     return [dict(zip(("task_cosine", "probe_cosine", "gap_norm", "effect"), row)) for row in np.mean(measured, axis=0).T.tolist()]
 
 
@@ -150,9 +151,9 @@ def look_inside(args, model, splits, tokenizer):
          f"{r['task_cosine']:+.4f}", f"{r['probe_cosine']:+.4f}", f"{r['gap_norm']:.3g}", f"{r['effect']:.3g}"] for r in rows])
     print(f"accuracy, AUROC: a linear probe of unsafe against safe prompts at the last prompt token, n = {rows[0]['n']} held out\n"
           "task_cosine: of the task's and the safety gradient in W; below 0, a descent step on the task is a step toward harm\n"
-          "probe_cosine: of SAP's direction and the task gradient in V; below 0, a probe that is not neutral lowers the task loss\n"
+          "probe_cosine: of SAP's direction and the task gradient in V; below 0, the probe lowers the task loss by itself\n"
           "gap_norm: of ∇_V L_su, per unit of V\n"
-          "effect: change of <task gradient, unit safety gradient> by a neutral probe as large as the layer's hidden states\n"
+          "effect: change of <task gradient, unit safety gradient> by a probe as large as the layer's hidden states\n"
           f"the third of the layers with the largest effect: --layers {recommend([r['effect'] for r in rows])}")
     return rows
 

@@ -55,10 +55,10 @@ def parse_args(argv=None):
     # machine
     add_machine_flags(add)
     # SAP
-    add("--radius", type=float, default=0.01, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.01)")
+    add("--radius", type=float, default=0.002, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.002)")
     add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
-    add("--neutral", choices=("on", "off"), default="on",
-        help="the probe leaves the task loss as it is, to first order; off is the paper (default: on)")
+    add("--neutral", choices=("on", "off"), default="off",
+        help="on: the probe loses what lowers the task loss, to first order, and bears a larger radius (default: off, as the paper)")
     add("--projection", choices=("on", "off"), default="on",
         help="project the harmful component out of SAP's gradient (default: on)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")

@@ -88,14 +88,14 @@ def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden
     return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
-def fit_probe(model, W, g_hat, batch, layers, radius, neutral=True, epsilon=0.0, log=None):
+def fit_probe(model, W, g_hat, batch, layers, radius, neutral=False, epsilon=0.0, log=None):
     """Lines 3 to 5: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by difference
     where ε > 0, and h_j the median norm of layer j's hidden states over the batch's tokens. `radius` is thus a share of the
     hidden state, and takes the place of the paper's β.
 
-    neutral (ours): d_j loses its component along ∇_V L_useful. On SmolLM2 the two have a cosine of about −0.5 in training: much
-    of the paper's probe lowers the task loss, so that W, trained in its presence, need not learn what is missed when it is gone.
-    The mean of the cosine over layers goes into `log` as probe_cosine."""
+    neutral (ours, an option): d_j loses its component along ∇_V L_useful. On SmolLM2 the two have a cosine of about −0.5 in
+    training: much of the paper's probe lowers the task loss, so that W, trained in its presence, need not learn what is missed
+    when it is gone. The mean of the cosine over layers goes into `log` as probe_cosine."""
     if radius == 0 or not layers:
         return {}
     hidden = []
@@ -123,7 +123,7 @@ def project_out_harm(grads, g_hat):
     return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
-def sap_step(model, W, batch, contrast, layers, radius, neutral=True, projection=True, epsilon=0.0):
+def sap_step(model, W, batch, contrast, layers, radius, neutral=False, projection=True, epsilon=0.0):
     """(gradient, log) of one SAP step, for an optimizer to follow (line 7). contrast = {"safe": batch, "harmful": batch} of the
     same unsafe prompts. radius 0 without projection is SFT, bit for bit."""
     log = {}

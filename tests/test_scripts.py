@@ -164,6 +164,10 @@ def test_curves_average_over_seeds(start, tmp_path, capsys):
     other = train(start, tmp_path / "other", "--method", "sft", "--seed", "2", "--learning_rate", "0.1")
     with pytest.raises(ValueError, match="learning_rate = 0.1, but 0.0005 in .*run0; curves are over seeds alone"):
         eval_script.main([*map(str, runs), str(other), "--curves"])
+    saps = [train(start, tmp_path / f"sap{radius}", "--method", "sap", "--radius", radius) for radius in ("0.1", "0.2")]
+    eval_script.main([*map(str, runs), str(saps[0]), "--curves"])       # another method may have settings of its own
+    with pytest.raises(ValueError, match="sap0.2: radius = 0.2, but 0.1 in .*sap0.1"):
+        eval_script.main([*map(str, saps), "--curves"])
 
 
 def test_without_matplotlib_a_plot_is_refused_before_any_work(start, tmp_path, monkeypatch):
