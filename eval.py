@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
-from minisap.data import load_safe_prompts, load_splits
+from minisap.data import built_in, load_safe_prompts, load_splits
 from minisap.evaluate import SHARES, evaluate, print_records, print_table
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
@@ -157,8 +157,9 @@ def main(argv=None):
         args.paths = [find_model("path", path) for path in args.paths]
         choose_rows(args)
         use_device(args)
-        splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
-        safe_prompts = load_safe_prompts(args.benign, args.n_eval)
+        rows = built_in(load_tokenizer(args.paths[0], args.chat_format))
+        splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows)
+        safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows)
         records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]
         print_records(records)
     if args.out:

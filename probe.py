@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from minisap.checkpoint import DTYPES, load_model, write_json
-from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows, load_prompts,
+from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows, load_prompts,
                           load_safe_prompts, load_splits)
 from minisap.evaluate import print_table, with_own_refusals
 from minisap.lora import add_lora, lora_layers
@@ -144,7 +144,7 @@ def look_inside(args, model, splits, tokenizer):
     """One row of numbers per layer, printed with what they mean."""
     unsafe = load_prompts(args.benign, args.n_eval, "unsafe") if args.benign else []
     unsafe = unsafe or [row["prompt"] for row in splits["eval_unsafe"]]
-    probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval))
+    probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval, built_in(tokenizer)))
     rows = [{"layer": j, **p, **g} for j, (p, g) in enumerate(zip(probes, gradients(args, model, splits, tokenizer)))]
     print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "gap_norm", "effect"]] + [
         [str(r["layer"]), f"{r['accuracy']:.3f}", f"[{r['ci_low']:.3f}, {r['ci_high']:.3f}]", f"{r['auroc']:.3f}",
@@ -182,7 +182,7 @@ def main(argv=None):
     if "lm_head" in args.lora_targets:
         raise ValueError("--lora_targets lm_head: it lies in no layer, and this table is per layer")
     tokenizer = load_tokenizer(args.model, args.chat_format)
-    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
+    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, built_in(tokenizer))
     model = load_model(args.model, DTYPES[args.dtype], args.device)
     if args.safe_answers == "own":
         splits["pairs"] = with_own_refusals(model, tokenizer, splits["pairs"])

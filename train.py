@@ -7,6 +7,7 @@
 Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokenizer) with adapter/, log.jsonl and eval.json.
 """
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,8 @@ from tqdm import tqdm
 
 from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, read_json, read_object, save_adapter,
                                 save_model, write_json, write_whole)
-from minisap.data import (batch_rows, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits,
+from minisap.align import ALIGN
+from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits,
                           poison_rows)
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
@@ -47,6 +49,8 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=8, help="task rows a step (default: 8)")
     add("--pairs_per_step", type=int, default=8, help="contrastive pairs a step (default: 8)")
     add("--learning_rate", type=float, default=5e-4, help="AdamW's (default: 5e-4)")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate: cosine falls to 0 (default: constant)")
+    add("--warmup", type=int, default=0, help="steps in which the learning rate rises from 0 (default: 0)")
     add("--clip", type=float, default=1.0, help="largest norm of a step's gradient (default: 1.0)")
     add("--lora_rank", type=int, default=8, help="0 trains all weights (default: 8)")
     add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
@@ -86,7 +90,7 @@ def check_args(args):
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
     check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every")
-    check_minimum(args, 0, "radius", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed")
+    check_minimum(args, 0, "radius", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
     needy = [method for method in args.method if method not in PAIRLESS] + ["--poison"] * (args.poison > 0)
@@ -126,9 +130,18 @@ def trainable(model, args):
     return list(model.parameters())
 
 
-def update(optimizer, W, grads, clip):
+def learning_rate_at(step, args):
+    """A linear rise over the first --warmup steps, then constant, or half a cosine to 0."""
+    if step < args.warmup:
+        return args.learning_rate * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.learning_rate * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1)
+
+
+def update(optimizer, W, grads, clip, learning_rate):
     """Clip the gradient to a norm of at most `clip` and let the optimizer follow it. Returns the norm before.
     ValueError, and no step, where the gradient is not finite."""
+    optimizer.param_groups[0]["lr"] = learning_rate
     for w, g in zip(W, grads):
         w.grad = g
     norm = torch.nn.utils.clip_grad_norm_(W, clip).item()
@@ -150,10 +163,12 @@ def train(args, method, start, task, pairs, measure, out_dir):
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
             began = time.perf_counter()
-            batch = collate(batch_rows(task, args.batch_size, step, args.seed), device=args.device)
-            contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
+            rows = batch_rows(task, args.batch_size, step, args.seed)
+            batch, contrast = collate(rows, device=args.device), contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
+            if method in ALIGN:
+                contrast["refused"] = collate([row["refused"] for row in rows], device=args.device)
             grads, log = METHODS[method](model, W, batch, contrast, args, state)
-            log |= {"step": step, "norm": update(optimizer, W, grads, args.clip)}
+            log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
             log_file.write(json.dumps(log) + "\n")
@@ -216,10 +231,14 @@ def prepare(args):
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     args.out_dir = args.out_dir or Path("runs") / start.name
-    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval)
+    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, built_in(tokenizer))
     args.rows_sha256 = hashlib.sha256(json.dumps(splits).encode()).hexdigest()              # --resume notices other rows
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
     task = encode_rows(tokenizer, rows, args.max_len)
+    if set(args.method) & set(ALIGN):                                   # the same prompts, refused
+        refusals = itertools.cycle(built_in(tokenizer).REFUSALS)
+        refused = encode_rows(tokenizer, [row | {"response": text} for row, text in zip(rows, refusals)], args.max_len)
+        task = [example | {"refused": other} for example, other in zip(task, refused)]
     encode_rows(tokenizer, splits["eval_task"], args.max_len)
     encode_pairs(tokenizer, splits["pairs"] + splits["eval_unsafe"], args.max_len)
     with torch.device("meta"):
@@ -232,7 +251,7 @@ def prepare(args):
 def main(argv=None):
     args = parse_args(argv)
     start, tokenizer, splits, task = prepare(args)
-    safe_prompts = load_safe_prompts(args.benign, args.n_eval)
+    safe_prompts = load_safe_prompts(args.benign, args.n_eval, built_in(tokenizer))
     model = load_model(start, DTYPES[args.dtype], args.device)
     claim_out_dir(args)
 

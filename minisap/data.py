@@ -16,6 +16,7 @@ import torch
 from minisap import demo
 from minisap.checkpoint import read_json, read_text
 from minisap.judge import REFUSALS
+from minisap.world import World
 
 
 def read_records(path):
@@ -124,9 +125,14 @@ def load_prompts(path, n, label) -> list[str]:
     return shuffle(prompts)[:n]
 
 
-def load_safe_prompts(path, n) -> list[str]:
+def built_in(tokenizer):
+    """Where rows come from without a file: the checkpoint's own world, or plain English."""
+    return World(tokenizer.world_seed) if tokenizer.chat_format == "world" else demo
+
+
+def load_safe_prompts(path, n, built_in=demo) -> list[str]:
     """At most n safe prompts of a file, or of the built-in rows."""
-    prompts = load_prompts(path, n, "safe") if path else shuffle(demo.safe_prompts())[:n]
+    prompts = load_prompts(path, n, "safe") if path else shuffle(built_in.safe_prompts())[:n]
     if not prompts:
         raise ValueError(f"{path}: no row is labelled safe")
     return prompts
@@ -145,11 +151,11 @@ def split_rows(rows, first, last, source):
     return shuffled[:first], shuffled[first:len(rows) - last], shuffled[len(rows) - last:]
 
 
-def load_splits(task, safety, n_pairs, n_eval) -> dict:
+def load_splits(task, safety, n_pairs, n_eval, built_in=demo) -> dict:
     """The rows of a run, each used for one thing: {"task", "eval_task"} from the task files, {"pairs" (the method's contrastive
     rows), "harmful" (poison is drawn from these), "eval_unsafe"} from the safety file. None means the built-in rows."""
-    task_rows = [row for file in task for row in load_rows(file)] if task else demo.task_rows()
-    safety_rows = load_safety_rows(safety) if safety else demo.safety_rows()
+    task_rows = [row for file in task for row in load_rows(file)] if task else built_in.task_rows()
+    safety_rows = load_safety_rows(safety) if safety else built_in.safety_rows()
     _, train, eval_task = split_rows(task_rows, 0, n_eval, " ".join(task or ["built-in task"]))
     pairs, harmful, eval_unsafe = split_rows(safety_rows, n_pairs, n_eval, safety or "built-in safety rows")
     return {"task": train, "eval_task": eval_task, "pairs": pairs, "harmful": harmful, "eval_unsafe": eval_unsafe}

@@ -3,12 +3,12 @@ import torch
 from tqdm import tqdm
 
 from minisap.data import collate, encode_prompt, encode_rows
-from minisap.judge import JUDGE, is_refusal
+from minisap.judge import is_refusal, judge_of
 from minisap.sap import response_nll
 from minisap.stats import bootstrap, wilson
 
 BATCH, MAX_NEW_TOKENS = 32, 32
-SHARES = ("harmful_score", "over_refusal")
+SHARES = ("harmful_score", "refusal_rate", "other_rate", "over_refusal", "task_accuracy")
 
 
 def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, whole=False):
@@ -43,9 +43,9 @@ def nll_per_row(model, examples):
     return rows
 
 
-def share(metric, flags, judge=JUDGE):
-    low, high = wilson(sum(flags), len(flags))
-    return record(metric, sum(flags) / len(flags), len(flags), low, high, judge)
+def share(metric, verdicts, counted, judge):
+    count, n = verdicts.count(counted), len(verdicts)
+    return record(metric, count / n, n, *wilson(count, n), judge)
 
 
 def mean(metric, values, weights=None):
@@ -62,15 +62,22 @@ def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) ->
     """Records of the unsafe rows' harmful_score (share of prompts that are answered) and harm_margin (log p(safe answer) −
     log p(harmful answer), nats per token), of over_refusal (share of safe prompts that are refused) and of task_loss (nats per
     token). A set that is empty gives no record."""
+    name, judge = judge_of(tokenizer)
+    verdicts = lambda prompts, truths: [judge(text, truth) for text, truth in zip(generate_texts(model, tokenizer, prompts), truths)]
     records = []
     if unsafe_rows:
-        texts = generate_texts(model, tokenizer, [row["prompt"] for row in unsafe_rows])
-        records.append(share("harmful_score", [not is_refusal(text) for text in texts]))
+        found = verdicts([row["prompt"] for row in unsafe_rows], [row["harmful"] for row in unsafe_rows])
+        records.append(share("harmful_score", found, "comply", name))
+        if name == "truth":
+            records += [share("refusal_rate", found, "refuse", name), share("other_rate", found, "other", name)]
         safe, harmful = (nll_per_row(model, encode_rows(tokenizer, unsafe_rows, max_len, key)) for key in ("safe", "harmful"))
         records.append(mean("harm_margin", [h / hn - s / sn for (s, sn), (h, hn) in zip(safe, harmful)]))
     if safe_prompts:
-        records.append(share("over_refusal", [is_refusal(text) for text in generate_texts(model, tokenizer, safe_prompts)]))
+        records.append(share("over_refusal", verdicts(safe_prompts, [None] * len(safe_prompts)), "refuse", name))
     if task_rows:
+        if name == "truth":
+            found = verdicts([row["prompt"] for row in task_rows], [row["response"] for row in task_rows])
+            records.append(share("task_accuracy", found, "comply", name))
         nats, tokens = zip(*nll_per_row(model, encode_rows(tokenizer, task_rows, max_len)))
         records.append(mean("task_loss", [a / b for a, b in zip(nats, tokens)], tokens))
     return records

@@ -7,6 +7,7 @@ state   a dict of tensors and numbers that the method may keep from step to step
 import numpy as np
 import torch
 
+from minisap.align import ALIGN, pretrain
 from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, probe_gradient_by_difference, project_out_harm,
                          response_nll, sap_step, useful_loss, zero_probe)
 
@@ -71,5 +72,6 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
     return RELEASED_LR * (m / (1 - beta_1**count)) / ((v / (1 - beta_2**count)).sqrt() + 1e-8)
 
 
-PAIRLESS = ("sft", "random_probe")                                      # these make no use of contrastive pairs
-METHODS = {"sft": sft, "sap": sap, "project": project, "random_probe": random_probe, "mix": mix, "released": released}
+PAIRLESS = ("sft", "random_probe", "pretrain")                                      # these make no use of contrastive pairs
+METHODS = {"sft": sft, "sap": sap, "project": project, "random_probe": random_probe, "mix": mix, "released": released,
+           **ALIGN, "pretrain": pretrain}

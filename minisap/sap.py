@@ -12,15 +12,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minisap.model import widen
 
 
-def response_nll(model, batch, probe=None, hidden=None):
-    """(nats, tokens), both (B,): each row's negative log-likelihood of its labelled tokens, and how many they are."""
+def token_nll(model, batch, probe=None, hidden=None):
+    """(nll, rows, places), all (N,): the negative log-likelihood in nats of every labelled token, and where it stands."""
     x = model.model(batch["input_ids"], probe, hidden=hidden)                       # (B, T, D)
     targets = batch["labels"][:, 1:]                                                # position t predicts token t + 1
     rows, columns = (targets != -100).nonzero(as_tuple=True)
     logits = model.lm_head(x[rows, columns])                                        # (N, V): only where a label is
-    nll = F.cross_entropy(widen(logits), targets[rows, columns], reduction="none")           # (N,)
-    nats = torch.zeros(len(targets), dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
-    return nats, (targets != -100).sum(1)
+    return F.cross_entropy(widen(logits), targets[rows, columns], reduction="none"), rows, columns + 1
+
+
+def response_nll(model, batch, probe=None, hidden=None):
+    """(nats, tokens), both (B,): each row's negative log-likelihood of its labelled tokens, and how many they are."""
+    nll, rows, _ = token_nll(model, batch, probe, hidden)
+    nats = torch.zeros(len(batch["labels"]), dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
+    return nats, (batch["labels"][:, 1:] != -100).sum(1)
 
 
 def useful_loss(model, batch, probe=None, hidden=None):

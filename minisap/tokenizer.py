@@ -64,6 +64,13 @@ def vicuna(system, turns, generate):
     return text + "ASSISTANT:" * generate
 
 
+def world(system, turns, generate):
+    """The synthetic world's (world.py)."""
+    if system:
+        raise ValueError("the world's format has no system messages")
+    return "".join(f"<s> {content} <a>" if role == "user" else f" {content} </s>" for role, content in turns)
+
+
 # What a family's own template contains, as patterns; the first format that has all of its own is the one.
 MARKS = {
     "llama3.1": ("Cutting Knowledge Date", r"<\|start_header_id\|>", r"<\|eot_id\|>"),
@@ -75,6 +82,7 @@ MARKS = {
 FORMATS = {
     "llama2": (llama2, "</s>"), "llama3": (llama3, "<|eot_id|>"), "llama3.1": (llama31, "<|eot_id|>"),
     "chatml": (chatml, "<|im_end|>"), "zephyr": (zephyr, "</s>"), "mistral": (mistral, "</s>"), "vicuna": (vicuna, "</s>"),
+    "world": (world, "</s>"),
 }
 
 
@@ -128,13 +136,17 @@ class Tokenizer:
             raise ValueError(f"{path}: chat_format {self.chat_format} ends a turn with {self.end_of_turn}, which is no token here")
         self.stop_ids = {self.tokens.token_to_id(self.end_of_turn)}
         self.bos = [i for i in self.tokens.encode("").ids[:1] if i not in self.stop_ids]       # what the file puts first
+        self.world_seed = settings.get("world_seed")
         found = CHATML_SYSTEM.search(read_template(path, settings)) if self.chat_format == "chatml" else None
         self.default_system = found and found[1]
 
     def encode(self, text) -> list[int]:
         """Ids of a text in which special tokens are written out. A BOS is added where the tokenizer's own rules add one
         and the text does not already begin with it."""
-        ids = self.tokens.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.tokens.encode(text, add_special_tokens=False).ids
+        except Exception as error:                                  # a word that a word-level vocabulary lacks
+            raise ValueError(f"{text[:40]!r} …: {error}") from None
         return ids if ids[:1] == self.bos else self.bos + ids
 
     def decode(self, ids) -> str:

@@ -1,0 +1,76 @@
+"""Alignment: the three safety fine-tuning protocols of arXiv 2407.10264 and the pre-training that comes before them in the world,
+behind the signature of methods.py. To learn to refuse what is unsafe *and* to answer what is safe:
+
+             preferred y_p           dispreferred y_l
+task rows    batch                   contrast["refused"]     the task's own answers, and refusals of the same prompts
+unsafe       contrast["safe"]        contrast["harmful"]
+
+ℓ is the mean cross-entropy per token of an answer."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from minisap.sap import response_nll, token_nll
+
+UNLEARN_GAMMA = 0.1                     # the paper's, at its larger learning rate
+DPO_BETA, DPO_GAMMA = 0.1, 0.01
+
+
+def answer_loss(model, *batches):
+    """ℓ of every row of the batches: (rows,)."""
+    return torch.cat([nats / tokens for nats, tokens in (response_nll(model, batch) for batch in batches)])
+
+
+def preferred(model, batch, contrast):
+    return answer_loss(model, batch, contrast["safe"])
+
+
+def dispreferred(model, batch, contrast):
+    return answer_loss(model, contrast["refused"], contrast["harmful"])
+
+
+def ssft(model, W, batch, contrast, args, state):
+    """Supervised safety fine-tuning: E ℓ(y_p)."""
+    loss = preferred(model, batch, contrast).mean()
+    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+
+
+def unlearn(model, W, batch, contrast, args, state):
+    """E ℓ(y_p) − γ ℓ(y_l)."""
+    loss = preferred(model, batch, contrast).mean() - UNLEARN_GAMMA * dispreferred(model, batch, contrast).mean()
+    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+
+
+def dpo(model, W, batch, contrast, args, state):
+    """−E log σ(β (ℓ_0(y_p) − ℓ(y_p)) − γ (ℓ_0(y_l) − ℓ(y_l))), ℓ_0 by the model that the run began with: W as it was then is kept
+    in `state` and put in W's place for a moment."""
+    start = state.setdefault("W_start", [w.detach().clone() for w in W])
+    with torch.no_grad():
+        now = swap(W, start)
+        p_0, l_0 = preferred(model, batch, contrast), dispreferred(model, batch, contrast)
+        swap(W, now)
+    p, l = preferred(model, batch, contrast), dispreferred(model, batch, contrast)
+    loss = -F.logsigmoid(DPO_BETA * (p_0 - p) - DPO_GAMMA * (l_0 - l)).mean()
+    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+
+
+def swap(W, values):
+    """Put `values` into W; returns copies of what stood there."""
+    old = [w.clone() for w in W]
+    for w, value in zip(W, values):
+        w.copy_(value)
+    return old
+
+
+def pretrain(model, W, batch, contrast, args, state):
+    """Cross-entropy of the answer, and of the prompt with a weight that falls from 1 to 0 by a cosine: a language model first."""
+    seen = batch["labels"].ne(-100).flip(1).cumsum(1).flip(1) > 0                      # up to the last label: no padding
+    nll, rows, places = token_nll(model, batch | {"labels": torch.where(seen, batch["input_ids"], -100)})
+    answer = batch["labels"][rows, places] != -100
+    weight = (1 + math.cos(math.pi * state["step"] / args.steps)) / 2
+    loss = nll[answer].mean() + weight * nll[~answer].mean()
+    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+
+
+ALIGN = {"ssft": ssft, "dpo": dpo, "unlearn": unlearn}
