@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minisap import sap
+from minisap.align import ALIGN
 from minisap.checkpoint import load_model
 from minisap.data import collate, encode_rows
 from minisap.lora import add_lora
@@ -203,7 +204,7 @@ def test_norms_and_projections_do_not_suffer_from_half_precision(dtype):
     assert projected[0].dtype == dtype and abs(inner(projected, g_hat).item()) < 1e-3
 
 
-ARGS = Namespace(layers=LAYERS, radius=0.1, neutral="on", projection="on", epsilon=0.0, seed=0)
+ARGS = Namespace(layers=LAYERS, radius=0.1, neutral="on", projection="on", epsilon=0.0, seed=0, steps=9)
 
 
 def test_without_radius_and_projection_sap_is_sft_bit_for_bit(world):
@@ -274,8 +275,9 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
-    for method in METHODS.values():
-        grads, log = method(model, W, batch, pairs, ARGS, {"step": 3, "batch": batch})
+    for name, method in METHODS.items():
+        contrast = pairs | ({"refused": batch} if name in ALIGN else {})
+        grads, log = method(model, W, batch, contrast, ARGS, {"step": 3, "batch": batch})
         assert [g.shape for g in grads] == [w.shape for w in W] and "loss" in log
     assert all(torch.equal(w, old) for w, old in zip(W, before)) and all(w.grad is None for w in W)
     assert torch.equal(model(batch["input_ids"]), logits)
