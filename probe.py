@@ -134,9 +134,9 @@ def precision(args, splits, tokenizer):
             reference = reference or V
             cosines = [F.cosine_similarity(V[j].double(), reference[j], dim=0).item() for j in layers]
             rows.append({"dtype": name, "direction": f"difference, epsilon {epsilon:g}" if epsilon else "exact",
-                         "mean_cosine": np.mean(cosines), "lowest_cosine": min(cosines)})
+                         "mean_cosine": float(np.mean(cosines)), "lowest_cosine": min(cosines)})
+            print("{dtype:9} {direction:26} mean cosine {mean_cosine:.4f}, lowest {lowest_cosine:.4f}".format(**rows[-1]), flush=True)
         del model, W, g_hat, V                                              # before the next is loaded
-    print_table([list(rows[0])] + [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in r.values()] for r in rows])
     return rows
 
 

@@ -193,6 +193,14 @@ def test_probe_reports_every_layer(start, tmp_path, capsys):
     assert "--layers" in capsys.readouterr().out
 
 
+def test_precision_finds_the_exact_direction_in_every_dtype(start, tmp_path, capsys):
+    probe_script.main([str(start), "--precision", "--n_eval", "4", "--batch_size", "2", "--out", str(tmp_path / "precision.json")])
+    rows = read_json(tmp_path / "precision.json")
+    lowest = {row["dtype"]: row["lowest_cosine"] for row in rows if row["direction"] == "exact"}
+    assert len(rows) == len(capsys.readouterr().out.splitlines()) == 12
+    assert lowest["float64"] == pytest.approx(1) and lowest["float32"] > 0.9999 and lowest["bfloat16"] > 0.95
+
+
 def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
     random = torch.Generator().manual_seed(0)
     noise, y = torch.randn(400, 16, generator=random), torch.arange(400) % 2.0
