@@ -6,8 +6,6 @@
 """
 from pathlib import Path
 
-import torch
-
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits
 from minisap.evaluate import SHARES, evaluate, print_records, print_table

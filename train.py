@@ -26,6 +26,7 @@ from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.methods import METHODS, PAIRLESS
 from minisap.model import Llama
+from minisap.sap import put
 from minisap.script import Parser, add_machine_flags, add_row_flags, check_minimum, find_model, load_tokenizer, run, use_device
 
 
@@ -78,10 +79,11 @@ def parse_layers(text, n_layers):
         return list(range(n_layers // 3, max(2 * n_layers // 3, n_layers // 3 + 1)))
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise ValueError(f"--layers {text}: expected something like 10-19 or 3,9")
-    bounds = [[int(j) for j in part.split("-")] for part in text.split(",")]
-    if max(map(max, bounds)) >= n_layers or any(first > last for first, last in filter(lambda b: len(b) == 2, bounds)):
+    parts = [part.split("-") for part in text.split(",")]
+    bounds = [(int(part[0]), int(part[-1])) for part in parts]              # of a single layer both are the same
+    if any(first > last or last >= n_layers for first, last in bounds):
         raise ValueError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
-    return sorted({j for first, *last in bounds for j in range(first, (last or [first])[0] + 1)})
+    return sorted({j for first, last in bounds for j in range(first, last + 1)})
 
 
 def check_args(args):
@@ -110,8 +112,8 @@ def claim_out_dir(args):
         args.out_dir.mkdir(parents=True, exist_ok=True)
         return write_json(file, wanted)
     old = read_object(file)
-    for key in sorted(old.keys() | wanted.keys() - {"out_dir", "device", "threads"}):
-        if wanted.get(key) != old.get(key) and key not in ("out_dir", "device", "threads"):
+    for key in sorted((old.keys() | wanted.keys()) - {"out_dir", "device", "threads"}):
+        if wanted.get(key) != old.get(key):
             raise ValueError(f"--resume: {file} has {key} = {old.get(key)!r}, this command {key} = {wanted.get(key)!r}")
 
 
@@ -213,9 +215,7 @@ def load_state(out_dir, W, optimizer):
         whole = torch.load(file, weights_only=True, map_location=W[0].device)
     except Exception as error:                                          # torch.load raises half a dozen kinds
         raise ValueError(f"{file}: not a state that can be resumed ({error}); remove {out_dir} to begin anew") from None
-    with torch.no_grad():
-        for w, saved in zip(W, whole["W"]):
-            w.copy_(saved)
+    put(W, whole["W"])
     optimizer.load_state_dict(whole["optimizer"])
     log = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)[:whole["state"]["step"]]
     write_whole(out_dir / "log.jsonl", lambda part: part.write_text("".join(log)))

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minisap.sap import response_nll, token_nll
+from minisap.sap import put, response_nll, token_nll
 
 UNLEARN_GAMMA = 0.1                     # the paper's, at its larger learning rate
 DPO_BETA, DPO_GAMMA = 0.1, 0.01
@@ -47,20 +47,13 @@ def dpo(model, W, batch, contrast, args, state):
     in `state` and put in W's place for a moment."""
     start = state.setdefault("W_start", [w.detach().clone() for w in W])
     with torch.no_grad():
-        now = swap(W, start)
+        now = [w.clone() for w in W]
+        put(W, start)
         p_0, l_0 = preferred(model, batch, contrast), dispreferred(model, batch, contrast)
-        swap(W, now)
+        put(W, now)
     p, l = preferred(model, batch, contrast), dispreferred(model, batch, contrast)
     loss = -F.logsigmoid(DPO_BETA * (p_0 - p) - DPO_GAMMA * (l_0 - l)).mean()
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
-
-
-def swap(W, values):
-    """Put `values` into W; returns copies of what stood there."""
-    old = [w.clone() for w in W]
-    for w, value in zip(W, values):
-        w.copy_(value)
-    return old
 
 
 def pretrain(model, W, batch, contrast, args, state):

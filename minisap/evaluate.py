@@ -61,7 +61,8 @@ def record(metric, value, n, ci_low=None, ci_high=None, judge=None):
 def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) -> list[dict]:
     """Records of the unsafe rows' harmful_score (share of prompts that are answered) and harm_margin (log p(safe answer) −
     log p(harmful answer), nats per token), of over_refusal (share of safe prompts that are refused) and of task_loss (nats per
-    token). A set that is empty gives no record."""
+    token); in the world, where the truth judges, also refusal_rate and other_rate of the unsafe rows and task_accuracy. A set that
+    is empty gives no record."""
     name, judge = judge_of(tokenizer)
     verdicts = lambda prompts, truths: [judge(text, truth) for text, truth in zip(generate_texts(model, tokenizer, prompts), truths)]
     records = []

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from minisap.align import ALIGN, pretrain
-from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, probe_gradient_by_difference, project_out_harm,
-                         response_nll, sap_step, useful_loss, zero_probe)
+from minisap.sap import harmful_direction, median_norm, probe_gradient_by_difference, response_nll, sap_step, useful_loss, zero_probe
 
 
 def sft(model, W, batch, contrast, args, state):

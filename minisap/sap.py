@@ -57,6 +57,13 @@ def harmful_direction(model, W, safe, harmful):
     return unit(torch.autograd.grad(safety_loss(model, safe, harmful), W))
 
 
+@torch.no_grad()
+def put(W, values):
+    """Copy `values` into W, in place and bit for bit."""
+    for w, value in zip(W, values):
+        w.copy_(value)
+
+
 def zero_probe(model, layers):
     """V = 0, in float32 or wider, ready to be differentiated."""
     zero = widen(torch.zeros_like(model.lm_head.weight[0]))
@@ -87,9 +94,7 @@ def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden
                 w += scale * g
         there = torch.autograd.grad(useful_loss(model, batch, V), list(V.values()))
     finally:
-        with torch.no_grad():
-            for w, old in zip(W, saved):
-                w.copy_(old)
+        put(W, saved)
     return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
