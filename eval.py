@@ -7,16 +7,15 @@
 from pathlib import Path
 
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
-from minisap.data import built_in, load_safe_prompts, load_splits
+from minisap.data import built_in, load_safe_prompts, load_splits, sha256_of
 from minisap.evaluate import SHARES, evaluate, print_records, print_table
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
 from minisap.stats import wilson
 
-RUN_ARGS = {"task": None, "safety": None, "benign": None, "pairs": 48, "n_eval": 100, "max_len": 256, "chat_format": None, "dtype": None}
-
+RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype")
 ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every")         # in which runs of one method may differ
-ANY_METHOD = ("radius", "layers", "neutral", "projection", "epsilon", "dtype")
+ANY_METHOD = ("radius", "layers", "neutral", "projection", "epsilon")
 
 
 def parse_args(argv=None):
@@ -25,6 +24,7 @@ def parse_args(argv=None):
     add("paths", nargs="+", type=Path, help="checkpoint directories, or names under weights/; with --curves: run directories")
     add_row_flags(add)
     add_machine_flags(add)
+    parser.set_defaults(defaults={key: parser.get_default(key) for key in RUN_ARGS})
     parser.set_defaults(**dict.fromkeys(RUN_ARGS))                      # None: as in the run that the checkpoints belong to
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
@@ -39,9 +39,12 @@ def run_file(path):
 
 
 def choose_rows(args):
-    """The settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults."""
-    runs = [read_object(run_file(path)) for path in args.paths if run_file(path).exists()]
-    for key, default in RUN_ARGS.items():
+    """The settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults. Returns
+    {train_args.json: the digest of its rows} of the runs that are to be measured on their own rows."""
+    files = [run_file(path) for path in args.paths if run_file(path).exists()]
+    runs = [read_object(file) for file in files]
+    own = all(getattr(args, key) is None for key in ("task", "safety", "benign", "pairs", "n_eval"))
+    for key, default in args.defaults.items():
         found = [run.get(key) for run in runs]
         if getattr(args, key) is None:
             if any(value != found[0] for value in found):
@@ -49,6 +52,7 @@ def choose_rows(args):
             setattr(args, key, found[0] if found else default)
     check_minimum(args, 1, "n_eval", "max_len")
     check_minimum(args, 0, "pairs")
+    return {file: run.get("rows_sha256") for file, run in zip(files, runs)} if own else {}
 
 
 def measure(args, path, splits, safe_prompts):
@@ -79,9 +83,9 @@ def read_runs(paths):
 
 
 def check_alike(path, args, other_path, other):
-    for key in sorted(args.keys() & other.keys()):
-        if args[key] != other[key]:
-            raise ValueError(f"{path}: {key} = {args[key]!r}, but {other[key]!r} in {other_path}; curves are over seeds alone")
+    for key in sorted(args.keys() | other.keys()):
+        if args.get(key) != other.get(key):
+            raise ValueError(f"{path}: {key} = {args.get(key)!r}, but {other.get(key)!r} in {other_path}; curves are over seeds alone")
 
 
 def curves_of(records):
@@ -120,8 +124,9 @@ def print_curves(curves):
             rows.append([method, str(step), *(format_seeds(metrics[m], scale, digits)
                                               for m, (_, scale, digits) in columns.items())])
     print_table(rows)
-    print(f"in [] the 95 % interval over the rows, n = {metrics['harmful_score'][0]['n']} unsafe prompts, "
-          f"{metrics['over_refusal'][0]['n']} safe ones, {metrics['task_loss'][0]['n']} task rows; in () every seed")
+    n = {metric: records[0]["n"] for steps in curves.values() for metrics in steps.values() for metric, records in metrics.items()}
+    print(f"in [] the 95 % interval over the rows, n = {n['harmful_score']} unsafe prompts, {n['over_refusal']} safe ones, "
+          f"{n['task_loss']} task rows; in () every seed")
 
 
 def plot_curves(curves, file):
@@ -153,11 +158,15 @@ def main(argv=None):
             plot_curves(curves, args.plot)
     else:
         args.paths = [find_model("path", path) for path in args.paths]
-        choose_rows(args)
+        digests = choose_rows(args)
         use_device(args)
         rows = built_in(load_tokenizer(args.paths[0], args.chat_format))
         splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows)
         safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows)
+        for file, digest in digests.items():
+            if digest != sha256_of([splits, safe_prompts]):
+                raise ValueError(f"{file}: the rows of this run have changed since; what was held out then may be what it learnt. "
+                                 "Name rows by --task and --safety to measure on these")
         records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]
         print_records(records)
     if args.out:

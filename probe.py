@@ -18,8 +18,8 @@ from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_
 from minisap.evaluate import print_table, with_own_refusals
 from minisap.lora import add_lora, lora_layers
 from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
-from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
-                            pyplot, run, use_device)
+from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, check_outputs, find_model,
+                            load_tokenizer, pyplot, run, use_device)
 from minisap.stats import auroc, wilson
 
 
@@ -30,12 +30,8 @@ def parse_args(argv=None):
     add_row_flags(add)
     # how
     add("--batches", type=int, default=4, help="batches over which gradients are averaged (default: 4)")
-    add("--batch_size", type=int, default=8, help="task rows of a batch (default: 8)")
-    add("--pairs_per_step", type=int, default=8, help="contrastive pairs of a batch (default: 8)")
-    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="W: LoRA at its start on these (default: q_proj v_proj)")
-    add("--safe_answers", choices=("own", "file"), default="own", help="as in train.py (default: own)")
+    add_step_flags(add)
     add("--precision", action="store_true", help="compare the probe's direction in bfloat16 and float32 with that in float64")
-    add("--seed", type=int, default=0, help="of LoRA's start and the order of the rows (default: 0)")
     add_machine_flags(add)
     # results
     add("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")

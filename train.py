@@ -6,11 +6,11 @@
 
 Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokenizer) with adapter/, log.jsonl and eval.json.
 """
-import hashlib
 import itertools
 import json
 import math
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -18,16 +18,17 @@ import torch
 from tqdm import tqdm
 
 from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, read_json, read_object, save_adapter,
-                                save_model, write_json, write_whole)
+                                save_model, weights_crc32, write_json, write_whole)
 from minisap.align import ALIGN
 from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits,
-                          poison_rows)
+                          poison_rows, sha256_of)
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.methods import METHODS, PAIRLESS
 from minisap.model import Llama
 from minisap.sap import put
-from minisap.script import Parser, add_machine_flags, add_row_flags, check_minimum, find_model, load_tokenizer, run, use_device
+from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_model, load_tokenizer, run,
+                            use_device)
 
 
 def parse_args(argv=None):
@@ -42,21 +43,16 @@ def parse_args(argv=None):
     # rows
     add_row_flags(add)
     add("--poison", type=float,
-        help="share of the task rows to replace by harmful ones (default: 0.1 of built-in rows, 0 of yours)")
-    add("--safe_answers", choices=("own", "file"), default="own",
-        help="contrast with the start model's own refusals where it refuses, or with the file's safe answers (default: own)")
+        help="share of the task rows to replace by harmful ones (default: 0.1 of built-in rows; 0 of yours, and for alignment)")
     # training
     add("--steps", type=int, default=60, help="(default: 60)")
-    add("--batch_size", type=int, default=8, help="task rows a step (default: 8)")
-    add("--pairs_per_step", type=int, default=8, help="contrastive pairs a step (default: 8)")
+    add_step_flags(add)
     add("--learning_rate", type=float, default=5e-4, help="AdamW's (default: 5e-4)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate: cosine falls to 0 (default: constant)")
     add("--warmup", type=int, default=0, help="steps in which the learning rate rises from 0 (default: 0)")
-    add("--clip", type=float, default=1.0, help="largest norm of a step's gradient (default: 1.0)")
+    add("--clip", type=float, default=1.0, help="largest norm of a step's gradient; 0: no limit (default: 1.0)")
     add("--lora_rank", type=int, default=8, help="0 trains all weights (default: 8)")
     add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
-    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers with LoRA (default: q_proj v_proj)")
-    add("--seed", type=int, default=0, help="of LoRA's start, the order of the rows, and the poison (default: 0)")
     # machine
     add_machine_flags(add)
     # SAP
@@ -68,8 +64,8 @@ def parse_args(argv=None):
         help="project the harmful component out of SAP's gradient (default: on)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     # records
-    add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: only before and after)")
-    add("--save_every", type=int, default=50, help="save the state for --resume every so many steps (default: 50)")
+    add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: 0, only before and after)")
+    add("--save_every", type=int, default=10, help="save the state for --resume every so many steps (default: 10)")
     return parser.parse_args(argv)
 
 
@@ -88,13 +84,16 @@ def parse_layers(text, n_layers):
 
 def check_args(args):
     """Settle what depends on other arguments, and check every number."""
-    args.poison = args.poison if args.poison is not None else 0.0 if args.task else 0.1
+    aligns = set(args.method) & {*ALIGN, "pretrain"}                    # whose task answers are the preferred ones
+    args.poison = args.poison if args.poison is not None else 0.0 if args.task or aligns else 0.1
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
     check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every")
     check_minimum(args, 0, "radius", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
+    if args.lora_rank and not args.lora_alpha:
+        raise ValueError("--lora_alpha 0: LoRA would have no effect")
     needy = [method for method in args.method if method not in PAIRLESS] + ["--poison"] * (args.poison > 0)
     if args.task and not args.safety and needy:
         raise ValueError(f"{needy[0]} needs safety rows beside --task: give --safety FILE")
@@ -141,12 +140,12 @@ def learning_rate_at(step, args):
 
 
 def update(optimizer, W, grads, clip, learning_rate):
-    """Clip the gradient to a norm of at most `clip` and let the optimizer follow it. Returns the norm before.
+    """Clip the gradient to a norm of at most `clip` (0: no limit) and let the optimizer follow it. Returns the norm before.
     ValueError, and no step, where the gradient is not finite."""
     optimizer.param_groups[0]["lr"] = learning_rate
     for w, g in zip(W, grads):
         w.grad = g
-    norm = torch.nn.utils.clip_grad_norm_(W, clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(W, clip or math.inf).item()
     if not math.isfinite(norm):
         raise ValueError(f"the gradient's norm is {norm}; a smaller --learning_rate or --radius, or a wider --dtype, may help")
     optimizer.step()
@@ -173,10 +172,12 @@ def train(args, method, start, task, pairs, measure, out_dir):
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
+            if args.device.startswith("cuda"):
+                state["peak"] = max(state.get("peak", 0), torch.cuda.max_memory_allocated(args.device))
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
                 records += measure(model, method, step + 1)
-            if (step + 1) % args.save_every == 0:
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log_file.flush()
                 save_state(out_dir, W, optimizer, state, records)
     return finish(args, method, model, state, records, measure, start, out_dir)
@@ -189,12 +190,13 @@ def finish(args, method, model, state, records, measure, start, out_dir):
         merge_lora(model)
     cost = [record("seconds", state["seconds"], args.steps)]
     if args.device.startswith("cuda"):
-        cost.append(record("peak_memory_bytes", torch.cuda.max_memory_allocated(args.device), 1))
+        cost.append(record("peak_memory_bytes", state["peak"], 1))
     records += [{"model": str(start), "method": method, "seed": args.seed, "step": args.steps} | r for r in cost]
     records += measure(model, method, args.steps)
     save_model(model, out_dir, start)
     name_chat_format(out_dir, args.chat_format)
     write_json(out_dir / "eval.json", records)
+    shutil.rmtree(out_dir / "state")                                    # all is done: nothing is left to resume
     return records
 
 
@@ -223,16 +225,17 @@ def load_state(out_dir, W, optimizer):
 
 
 def prepare(args):
-    """(start, tokenizer, splits, task examples): every check that can be made before anything is written."""
+    """(start, tokenizer, splits, safe prompts, task examples): every check that can be made before anything is written."""
     args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
     use_device(args)
     check_args(args)
     start = find_model("--model", args.model)
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
-    args.out_dir = args.out_dir or Path("runs") / start.name
+    args.out_dir = args.out_dir or Path("runs") / start.resolve().name
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, built_in(tokenizer))
-    args.rows_sha256 = hashlib.sha256(json.dumps(splits).encode()).hexdigest()              # --resume notices other rows
+    safe_prompts = load_safe_prompts(args.benign, args.n_eval, built_in(tokenizer))
+    args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
     task = encode_rows(tokenizer, rows, args.max_len)
     if set(args.method) & set(ALIGN):                                   # the same prompts, refused
@@ -245,13 +248,12 @@ def prepare(args):
         n_trained = sum(w.numel() for w in trainable(Llama(config), args))
     print(f"{len(rows)} task rows, {sum('poisoned' in row for row in rows)} of them poisoned; {args.pairs} contrastive pairs; "
           f"{n_trained:,} weights to train")
-    return start, tokenizer, splits, task
+    return start, tokenizer, splits, safe_prompts, task
 
 
 def main(argv=None):
     args = parse_args(argv)
-    start, tokenizer, splits, task = prepare(args)
-    safe_prompts = load_safe_prompts(args.benign, args.n_eval, built_in(tokenizer))
+    start, tokenizer, splits, safe_prompts, task = prepare(args)
     model = load_model(start, DTYPES[args.dtype], args.device)
     claim_out_dir(args)
 

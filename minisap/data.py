@@ -5,6 +5,7 @@ A safety row  {"prompt": text, "safe": text, "harmful": text, "source": "file:li
 A batch       {"input_ids": (B, T) long, "labels": (B, T) long, -100 where no loss is taken}
 """
 import csv
+import hashlib
 import io
 import json
 import re
@@ -90,12 +91,18 @@ def task_row(record, source):
             raise ValueError(f"{source}: messages must end with an assistant turn after a user's")
         *prompt, last = messages
         return {"prompt": prompt, "response": last["content"]}
+    response = text_of(record, "output" if "instruction" in record else "response", source)
+    return {"prompt": prompt_of(record, source), "response": response}
+
+
+def prompt_of(record, source):
+    """The text under `prompt`, AdvBench's `goal`, or Alpaca's `instruction` and `input`."""
     if "instruction" in record:
         prompt = text_of(record, "instruction", source)
         if record.get("input") not in (None, ""):
             prompt += f"\n\n{text_of(record, 'input', source).strip()}"
-        return {"prompt": prompt, "response": text_of(record, "output", source)}
-    return {"prompt": text_of(record, "prompt", source), "response": text_of(record, "response", source)}
+        return prompt
+    return text_of(record, "goal" if "goal" in record else "prompt", source)
 
 
 def load_safety_rows(path) -> list[dict]:
@@ -117,12 +124,10 @@ def safety_row(i, record, source):
 
 
 def load_prompts(path, n, label) -> list[str]:
-    """At most n prompts, in shuffled order, of a file with `prompt`, `goal` or `instruction` in each row; of rows that carry a
-    `label`, those with this one (a row without is safe)."""
+    """At most n prompts, in shuffled order, of a file with `prompt`, `goal` or `instruction` (and `input`) in each row; of rows
+    that carry a `label`, those with this one (a row without is safe)."""
     records = [(record, source) for record, source in read_records(path) if record.get("label", "safe") == label]
-    keys = ("prompt", "goal", "instruction")
-    prompts = [text_of(r, next((key for key in keys if key in r), "prompt"), source) for r, source in records]
-    return shuffle(prompts)[:n]
+    return shuffle([prompt_of(record, source) for record, source in records])[:n]
 
 
 def built_in(tokenizer):
@@ -136,6 +141,11 @@ def load_safe_prompts(path, n, built_in=demo) -> list[str]:
     if not prompts:
         raise ValueError(f"{path}: no row is labelled safe")
     return prompts
+
+
+def sha256_of(rows) -> str:
+    """A digest of rows, by which two runs are known to use the same."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def shuffle(rows) -> list:

@@ -1,8 +1,8 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
 batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
-args    layers, radius, neutral, projection, epsilon: see train.py --help
-state   a dict of tensors and numbers that the method may keep from step to step; it is saved with the run
+args    layers, radius, neutral, projection, epsilon, seed, steps: see train.py --help
+state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 """
 import numpy as np
 import torch

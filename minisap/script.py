@@ -36,6 +36,16 @@ def add_row_flags(add):
     add("--chat_format", choices=FORMATS, help="(default: what the checkpoint's own template tells)")
 
 
+def add_step_flags(add):
+    """What a step is made of: the same in train.py, and in probe.py, which looks at its gradients."""
+    add("--batch_size", type=int, default=8, help="task rows a step (default: 8)")
+    add("--pairs_per_step", type=int, default=8, help="contrastive pairs a step (default: 8)")
+    add("--safe_answers", choices=("own", "file"), default="own",
+        help="contrast with the start model's own refusals where it refuses, or with the file's safe answers (default: own)")
+    add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers with LoRA (default: q_proj v_proj)")
+    add("--seed", type=int, default=0, help="of LoRA's start, the order of the rows, and the poison (default: 0)")
+
+
 def add_machine_flags(add):
     add("--dtype", choices=DTYPES, help="of the model (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is one)")

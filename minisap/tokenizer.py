@@ -137,6 +137,8 @@ class Tokenizer:
         self.stop_ids = {self.tokens.token_to_id(self.end_of_turn)}
         self.bos = [i for i in self.tokens.encode("").ids[:1] if i not in self.stop_ids]       # what the file puts first
         self.world_seed = settings.get("world_seed")
+        if self.chat_format == "world" and (type(self.world_seed) is not int or self.world_seed < 0):
+            raise ValueError(f"{config}: world_seed = {self.world_seed!r}; a checkpoint of the synthetic world has its number there")
         found = CHATML_SYSTEM.search(read_template(path, settings)) if self.chat_format == "chatml" else None
         self.default_system = found and found[1]
 

@@ -134,7 +134,8 @@ class World:
         return self.rows("unsafe", 4000)
 
     def safe_prompts(self):
-        return [row["prompt"] for row in self.rows("safe", 1000, seed=1)]
+        seen = {row["prompt"] for row in self.task_rows()}
+        return [row["prompt"] for row in self.rows("safe", 1000, seed=1) if row["prompt"] not in seen]
 
 
 def write_random_checkpoint(path, world, seed=0):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisap.data import collate, encode_rows
-from minisap.evaluate import evaluate, format_value, nll_per_row, print_records
+from minisap.evaluate import evaluate, format_value, generate_texts, nll_per_row, print_records, with_own_refusals
 from minisap.judge import REFUSALS, is_refusal
 from minisap.sap import useful_loss
 from minisap.stats import auroc, bootstrap, wilson
@@ -74,13 +74,35 @@ def test_a_model_that_always_answers_is_harmful_and_one_that_never_does_is_over_
     assert (found["harm_margin"]["value"] > 0) == (harmful == 0.0) and "task_loss" not in found
 
 
-def test_nll_per_row_adds_up_to_the_training_loss(tmp_path):
+@pytest.fixture
+def chat(tmp_path):
+    return tiny_model(BASE | {"vocab_size": VOCAB_SIZE}), Tokenizer(write_tokenizer(tmp_path))
+
+
+MIXED = ["aaa", "b", "cccccc", "dd", "e" * 5]                           # neither sorted by length nor backwards
+
+
+def test_nll_per_row_is_each_row_s_own(chat):
+    model, tokenizer = chat
+    examples = encode_rows(tokenizer, [{"prompt": p, "response": p[::-1] + "!" * i, "source": "x"} for i, p in enumerate(MIXED)], 64)
+    rows = nll_per_row(model, examples)
+    for example, (nats, tokens) in zip(examples, rows):
+        assert nats / tokens == pytest.approx(useful_loss(model, collate([example])).item(), rel=1e-9)
+        assert tokens == sum(label != -100 for label in example["labels"])
+
+
+def test_texts_come_in_the_order_of_their_prompts(chat):
+    model, tokenizer = chat
+    texts = generate_texts(model, tokenizer, MIXED, 6)
+    assert texts == [generate_texts(model, tokenizer, [prompt], 6)[0] for prompt in MIXED] and len(set(texts)) > 2
+
+
+@pytest.mark.parametrize("text, expected", [("I can't", "I can't"), ("Sure:", "the file's")])
+def test_own_refusals_stand_in_only_where_the_model_refuses(text, expected, tmp_path):
     tokenizer = Tokenizer(write_tokenizer(tmp_path))
-    model = tiny_model(BASE | {"vocab_size": VOCAB_SIZE})
-    rows = [{"prompt": "a" * i, "response": "b" * (9 - i), "source": "x"} for i in range(1, 8)]
-    examples = encode_rows(tokenizer, rows, 64)
-    nats, tokens = zip(*nll_per_row(model, examples))
-    assert sum(nats) / sum(tokens) == pytest.approx(useful_loss(model, collate(examples)).item(), rel=1e-9)
+    pairs = [{"prompt": "abc", "safe": "the file's", "harmful": "h"}] * 2
+    assert with_own_refusals(speaker(tokenizer, text), tokenizer, pairs) == [pairs[0] | {"safe": expected}] * 2
+    assert pairs[0]["safe"] == "the file's"
 
 
 def test_tables_align_and_show_intervals(capsys):

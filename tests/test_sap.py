@@ -233,6 +233,21 @@ def test_sap_is_the_gradient_at_the_probe_then_projected(world):
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("method", ["sap", "project"])
+def test_a_step_toward_harm_loses_that_component_and_no_other(method, world):
+    """The harmful answers themselves as the task: without the projection a step of descent makes the model less safe."""
+    model, W, _, pairs = world
+    V, args = {}, Namespace(**{**vars(ARGS), "projection": "on"})
+    if method == "sap":
+        V = fit_probe(model, W, g_hat_of(world), pairs["harmful"], ARGS.layers, ARGS.radius, ARGS.neutral == "on")
+    plain = gradient(model, W, pairs["harmful"], V)
+    conflict = inner(plain, g_hat_of(world)).item()
+    found, log = METHODS[method](model, W, pairs["harmful"], pairs, args, {})
+    assert log["conflict"] == pytest.approx(conflict) and conflict < -0.1
+    assert inner(found, g_hat_of(world)).item() == pytest.approx(0, abs=1e-12)
+    assert inner(found, plain).item() == pytest.approx((inner(plain, plain) - conflict**2).item())
+
+
 def test_project_is_sap_without_a_probe(world):
     model, W, batch, pairs = world
     found, _ = METHODS["project"](model, W, batch, pairs, ARGS, {})
@@ -269,6 +284,15 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
     d, _ = probe_gradient_by_difference(model, W, g_hat_of(world), batch, [0], 2e-5)
     V = {0: 0.05 * d[0] / (d[0].abs() + 1e-8)}                                                     # Adam's first step
     for a, b in zip(found, gradient(model, W, second, V)):
+        torch.testing.assert_close(a, b)
+    v = torch.zeros_like(d[0], requires_grad=True)                                                 # and its second, by PyTorch
+    adam = torch.optim.AdamW([v], lr=0.05, weight_decay=0.0)
+    for rows in (batch, second):
+        v.data.zero_()
+        v.grad = -probe_gradient_by_difference(model, W, g_hat_of(world), rows, [0], 2e-5)[0][0]
+        adam.step()
+    third, _ = released(model, W, batch, pairs, ARGS, state)
+    for a, b in zip(third, gradient(model, W, batch, {0: v.detach()})):
         torch.testing.assert_close(a, b)
 
 

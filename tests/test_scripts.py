@@ -1,5 +1,6 @@
 """train.py, eval.py and probe.py in-process on a tiny checkpoint: what they write, resume, and what they refuse."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,9 +104,84 @@ def test_resume_notices_rows_that_changed(start, tmp_path):
         train(start, out, *more, "--resume")
 
 
+def test_resume_notices_another_start_and_other_safe_prompts(start, tmp_path):
+    benign = write(tmp_path / "benign.csv", "prompt\na\nb\nc\n")
+    out = train(start, tmp_path / "run", "--method", "sft", "--benign", benign)
+    write(tmp_path / "benign.csv", "prompt\na\nb\nd\n")
+    with pytest.raises(ValueError, match="train_args.json has rows_sha256 = "):
+        train(start, out, "--method", "project", "--benign", benign, "--resume")
+    write(tmp_path / "benign.csv", "prompt\na\nb\nc\n")
+    write_checkpoint(start, BASE | {"vocab_size": VOCAB_SIZE}, seed=1)
+    with pytest.raises(ValueError, match="train_args.json has model_crc32 = "):
+        train(start, out, "--method", "project", "--benign", benign, "--resume")
+
+
+def test_eval_notices_that_the_rows_of_the_run_have_changed(start, tmp_path):
+    rows = [json.dumps({"prompt": f"q{i}", "response": "a"}) for i in range(30)]
+    task = write(tmp_path / "task.jsonl", "\n".join(rows))
+    out = train(start, tmp_path / "run", "--method", "sft", "--task", task)
+    eval_script.main([str(out / "sft")])
+    write(tmp_path / "task.jsonl", "\n".join(rows[:20]))
+    with pytest.raises(ValueError, match="train_args.json: the rows of this run have changed since"):
+        eval_script.main([str(out / "sft")])
+    eval_script.main([str(out / "sft"), "--task", task])                # on these rows by intention
+
+
+def test_an_interruption_at_the_end_repeats_no_step(start, tmp_path, monkeypatch):
+    def fails(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_script, "finish", fails)
+    with pytest.raises(KeyboardInterrupt):
+        train(start, tmp_path / "run", "--method", "sft", "--save_every", "100")
+    state = torch.load(tmp_path / "run" / "sft" / "state" / "state.pt", weights_only=True)
+    assert state["state"]["step"] == 4
+
+
+@pytest.mark.parametrize("flags, rates", [
+    ([], [1, 1, 1, 1]), (["--warmup", "2"], [0.5, 1, 1, 1]), (["--schedule", "cosine"], [1, 0.853553, 0.5, 0.146447]),
+    (["--warmup", "2", "--schedule", "cosine"], [0.5, 1, 1, 0.5])])
+def test_the_learning_rate_s_schedule(flags, rates):
+    args = train_script.parse_args(["--model", "x", "--learning_rate", "1", "--steps", "4", *flags])
+    assert [train_script.learning_rate_at(step, args) for step in range(4)] == pytest.approx(rates, abs=1e-6)
+
+
+@pytest.mark.parametrize("clip, factor", [(1.0, 0.2), (0.0, 1.0), (9.0, 1.0)])
+def test_an_update_clips_the_gradient_s_norm(clip, factor):
+    """Plain gradient descent on a gradient of norm 5, so that the step shows what was left of it."""
+    w, gradient = torch.zeros(2, requires_grad=True), torch.tensor([3.0, 4.0])
+    norm = train_script.update(torch.optim.SGD([w], lr=1.0), [w], [gradient.clone()], clip, 0.1)
+    assert norm == 5
+    torch.testing.assert_close(w.detach(), -0.1 * factor * gradient)
+
+
+def test_alignment_is_not_poisoned_unless_asked():
+    def poison(*argv):
+        args = train_script.parse_args(["--model", "x", *argv])
+        train_script.check_args(args)
+        return args.poison
+
+    assert [poison("--method", m) for m in ("sap", "ssft", "dpo", "unlearn", "pretrain")] == [0.1, 0, 0, 0, 0]
+    assert poison("--method", "ssft", "--poison", "0.2") == 0.2 and poison("--task", "FILE", "--method", "sft") == 0
+
+
+@pytest.mark.parametrize("script", [train_script, probe_script])
+def test_help_tells_the_defaults_that_hold(script, monkeypatch):
+    parsers = []
+    monkeypatch.setattr(script.Parser, "parse_args", lambda self, argv: parsers.append(self))
+    script.parse_args([])
+    told = {action.dest: re.search(r"\(default: ([^ )]+)", action.help or "") for action in parsers[0]._actions}
+    for name, match in told.items():
+        default = parsers[0].get_default(name)
+        if isinstance(default, (int, float, str)) and not isinstance(default, bool) and name not in ("device", "help"):
+            assert match and type(default)(match[1].rstrip(",;")) == default, name
+
+
 def test_a_state_that_is_damaged_is_named(start, tmp_path):
     out = train(start, tmp_path / "run", "--method", "sft")
+    assert not (out / "sft" / "state").exists()                         # nothing is left to resume
     (out / "sft" / "eval.json").unlink()
+    (out / "sft" / "state").mkdir()
     (out / "sft" / "state" / "state.pt").write_bytes(b"PK junk")
     with pytest.raises(ValueError, match="state.pt: not a state that can be resumed"):
         train(start, out, "--method", "sft", "--resume")
@@ -193,6 +269,23 @@ def test_probe_reports_every_layer(start, tmp_path, capsys):
     assert "--layers" in capsys.readouterr().out
 
 
+def test_task_cosine_is_negative_where_the_task_is_harm(start, tmp_path):
+    """The harmful answers of the pairs themselves as the task, so that the two gradients are known to be opposed."""
+    rows = [{"prompt": f"q{i}", "response": "Sure.", "safe": "I can't.", "harmful": "Sure."} for i in range(60)]
+    file = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    probe_script.main([str(start), "--task", file, "--safety", file, "--n_eval", "8", "--batches", "1", "--safe_answers", "file",
+                       "--out", str(tmp_path / "probe.json")])
+    assert all(row["task_cosine"] < -0.2 for row in read_json(tmp_path / "probe.json"))
+
+
+def test_linear_probes_are_scored_on_prompts_that_they_have_not_seen(monkeypatch):
+    """Of random states any 40 can be told apart in 64 dimensions; others cannot."""
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(probe_script, "last_token_states", lambda model, tokenizer, prompts: torch.randn(1, 40, 64, generator=generator))
+    found, = probe_script.linear_probes(None, None, ["u"] * 40, ["s"] * 40)
+    assert found["n"] == 40 and found["accuracy"] < 0.8
+
+
 def test_precision_finds_the_exact_direction_in_every_dtype(start, tmp_path, capsys):
     probe_script.main([str(start), "--precision", "--n_eval", "4", "--batch_size", "2", "--out", str(tmp_path / "precision.json")])
     rows = read_json(tmp_path / "precision.json")
@@ -258,6 +351,11 @@ def test_bad_input_is_one_line_status_2_and_nothing_written(arguments, message, 
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and message in printed and len(printed.strip().splitlines()) == 1, printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_chat_format_world_without_a_world_is_refused(start, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer_config.json: world_seed = None; a checkpoint of the synthetic world"):
+        train(start, tmp_path / "run", "--chat_format", "world")
 
 
 @pytest.mark.parametrize("chat_format, status", [("vicuna", 0), ("alpaca", 2)])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tokenizers import processors
 
+from minisap import demo
 from minisap.data import (REFUSALS, batch_rows, collate, encode_example, encode_prompt, encode_rows, load_rows, load_safe_prompts,
-                          load_safety_rows, poison_rows)
+                          load_safety_rows, load_splits, poison_rows)
 from minisap.tokenizer import FORMATS, Tokenizer
 from tiny import write_tokenizer
 
@@ -136,6 +137,7 @@ def test_task_rows_of_every_format(tmp_path):
     assert first == {"prompt": "q", "response": "a\u2028b", "source": f"{jsonl}:1"}
     assert second == {"prompt": chat[:1], "response": "a", "source": f"{jsonl}:2"}
     assert [(r["prompt"], r["response"]) for r in load_rows(alpaca)] == [("Add.\n\n1 2", "3"), ("Say hi.", "hi")]
+    assert sorted(load_safe_prompts(alpaca, 9)) == ["Add.\n\n1 2", "Say hi."]             # as benign prompts, they are read alike
 
 
 def test_safety_rows_of_every_format(tmp_path):
@@ -197,6 +199,17 @@ def test_poison_replaces_exactly_round_pn_rows(p, count):
     assert len({row["response"] for row in changed}) == count               # without repetition
     assert poisoned == poison_rows(clean, harmful, p, seed=0)
     assert p in (0, 1) or poisoned != poison_rows(clean, harmful, p, seed=1)
+
+
+def test_every_row_is_used_for_one_thing():
+    splits = load_splits(None, None, n_pairs=30, n_eval=20)
+    uses = [{row["prompt"] for row in splits[use]} for use in ("pairs", "harmful", "eval_unsafe")]
+    tasks = [{row["prompt"] for row in splits[use]} for use in ("task", "eval_task")]
+    assert [len(splits[use]) for use in ("pairs", "eval_unsafe", "eval_task")] == [30, 20, 20]
+    assert sum(map(len, uses)) == len(set().union(*uses)) == len(demo.safety_rows())
+    assert not tasks[0] & tasks[1] and sum(map(len, tasks)) == len({row["prompt"] for row in demo.task_rows()})
+    poisoned = poison_rows(splits["task"], splits["harmful"], 0.1, seed=0)
+    assert {row["prompt"] for row in poisoned if "poisoned" in row} <= uses[1]
 
 
 def test_poison_asks_for_enough_harmful_rows():
