@@ -114,24 +114,34 @@ def recommend(effects):
     return f"{first}-{first + width - 1}"
 
 
+def turn(model, W, batch, V):
+    """How far a probe turns the task's gradient, ∇_W L_useful(W, V) − ∇_W L_useful(W, 0): one vector, float64."""
+    there, here = (torch.autograd.grad(useful_loss(model, batch, v), W) for v in (V, None))
+    return torch.cat([(a.double() - b.double()).flatten() for a, b in zip(there, here)])
+
+
 def precision(args, splits, tokenizer):
     """Of the probe that is fitted to one batch: [{dtype, direction, mean and lowest cosine over the layers with the one that is
-    exact in float64}]."""
+    exact in float64}], and in each dtype the turn of the gradient by the float64 probe: is a small one lost in rounding?"""
     batch = collate(encode_rows(tokenizer, splits["task"][:args.batch_size], args.max_len), device=args.device)
     pairs = encode_pairs(tokenizer, splits["pairs"], args.max_len)
     contrast = contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device)
-    reference, rows = None, []
+    reference, rows = {}, []
     for name in ("float64", "float32", "bfloat16"):
         model = load_model(args.model, DTYPES[name], args.device)
         W, layers = add_lora(model, targets=args.lora_targets, seed=args.seed), range(model.config.n_layers)
         g_hat = harmful_direction(model, W, **contrast)
         for epsilon in (0, 2e-5, 1e-3, 1e-1):
-            V = fit_probe(model, W, g_hat, batch, layers, radius=1.0, epsilon=epsilon)
-            reference = reference or V
-            cosines = [F.cosine_similarity(V[j].double(), reference[j], dim=0).item() for j in layers]
+            V = fit_probe(model, W, g_hat, batch, layers, args.radius, epsilon=epsilon)
+            reference = reference or {"V": V, "turn": turn(model, W, batch, V)}
+            cosines = [F.cosine_similarity(V[j].double(), reference["V"][j], dim=0).item() for j in layers]
             rows.append({"dtype": name, "direction": f"difference, epsilon {epsilon:g}" if epsilon else "exact",
                          "mean_cosine": float(np.mean(cosines)), "lowest_cosine": min(cosines)})
             print("{dtype:9} {direction:26} mean cosine {mean_cosine:.4f}, lowest {lowest_cosine:.4f}".format(**rows[-1]), flush=True)
+        turned = turn(model, W, batch, reference["V"])
+        rows.append({"dtype": name, "direction": "turn of the gradient", "size": (turned.norm() / reference["turn"].norm()).item(),
+                     "cosine": F.cosine_similarity(turned, reference["turn"], dim=0).item()})
+        print("{dtype:9} {direction:26} cosine {cosine:.4f}, size {size:.4f} of float64's".format(**rows[-1]), flush=True)
         del model, W, g_hat, V                                              # before the next is loaded
     return rows
 
@@ -174,7 +184,9 @@ def main(argv=None):
     use_device(args)
     args.model = find_model("model", args.model)
     check_minimum(args, 1, "pairs", "n_eval", "max_len", "batches", "batch_size", "pairs_per_step")
-    check_minimum(args, 0, "seed")
+    check_minimum(args, 0, "seed", "radius")
+    if not args.radius:
+        raise ValueError("--radius 0: there would be no probe to look at")
     if "lm_head" in args.lora_targets:
         raise ValueError("--lora_targets lm_head: it lies in no layer, and this table is per layer")
     tokenizer = load_tokenizer(args.model, args.chat_format)

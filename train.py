@@ -56,7 +56,6 @@ def parse_args(argv=None):
     # machine
     add_machine_flags(add)
     # SAP
-    add("--radius", type=float, default=0.002, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.002)")
     add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
     add("--neutral", choices=("on", "off"), default="off",
         help="on: the probe loses what lowers the task loss, to first order, and bears a larger radius (default: off, as the paper)")

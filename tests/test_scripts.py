@@ -290,8 +290,12 @@ def test_precision_finds_the_exact_direction_in_every_dtype(start, tmp_path, cap
     probe_script.main([str(start), "--precision", "--n_eval", "4", "--batch_size", "2", "--out", str(tmp_path / "precision.json")])
     rows = read_json(tmp_path / "precision.json")
     lowest = {row["dtype"]: row["lowest_cosine"] for row in rows if row["direction"] == "exact"}
-    assert len(rows) == len(capsys.readouterr().out.splitlines()) == 12
+    assert len(rows) == len(capsys.readouterr().out.splitlines()) == 15
     assert lowest["float64"] == pytest.approx(1) and lowest["float32"] > 0.9999 and lowest["bfloat16"] > 0.95
+    turned = {row["dtype"]: (row["cosine"], row["size"]) for row in rows if "size" in row}
+    assert turned["float64"] == pytest.approx((1, 1)) and turned["float32"] == pytest.approx((1, 1), abs=1e-2)
+    with pytest.raises(ValueError, match="--radius 0: there would be no probe to look at"):
+        probe_script.main([str(start), "--precision", "--radius", "0"])
 
 
 def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
