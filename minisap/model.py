@@ -122,10 +122,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, hidden=None):
-        """probe {layer: v}: v is added to that layer's output and broadcasts to (B, T, D).  positions (B, T): place of each
-        token, default 0…T-1.  mask (B, 1, T, S): True where attention is allowed, default causal.  hidden: a list that
-        receives every layer's output, probe included."""
+        """probe {layer: v}: v is added to that layer's output (-1: to the embeddings) and broadcasts to (B, T, D).
+        positions (B, T): place of each token, default 0…T-1.  mask (B, 1, T, S): True where attention is allowed, default
+        causal.  hidden: a list that receives every layer's output, probe included."""
         x = self.embed_tokens(input_ids)                                           # (B, T, D)
+        if probe and -1 in probe:
+            x = x + probe[-1].to(x.dtype)
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=x.device)[None]
         angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)      # (B, 1, T, Dh/2)
@@ -157,9 +159,9 @@ class Llama(nn.Module):
         return self.lm_head(self.model(input_ids, probe))
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, generator=None):
-        """Continue each prompt (a list of token ids): greedily, or by sampling at a temperature > 0.
-        Returns one list of new ids per prompt, cut before its first stop id."""
+    def generate(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, generator=None, probe=None):
+        """Continue each prompt (a list of token ids): greedily, or by sampling at a temperature > 0. A probe acts on the prompts,
+        which are padded on the left, not on what is new.  Returns one list of new ids per prompt, cut before its first stop id."""
         device, B, longest = self.lm_head.weight.device, len(prompts), max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)       # left padding
         pads = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]               # (B, 1)
@@ -171,8 +173,8 @@ class Llama(nn.Module):
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         for end in range(longest, longest + max_new_tokens):
             positions = (place[start:end] - pads).clamp(min=0)
-            x = self.model(ids, None, positions, allowed[:, None, start:end, :end], caches)
-            ids, start = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end            # (B, 1)
+            x = self.model(ids, probe, positions, allowed[:, None, start:end, :end], caches)
+            ids, start, probe = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end, None       # (B, 1)
             new.append(ids)
             done |= torch.isin(ids[:, 0], stop)
             if done.all():

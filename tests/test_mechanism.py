@@ -1,0 +1,120 @@
+"""The mechanistic measures against planted answers and central differences, and attacks against their limit cases."""
+import math
+
+import pytest
+import torch
+
+from minisap.attacks import prefill, soft_suffix
+from minisap.checkpoint import load_model
+from minisap.data import collate, encode_example, encode_prompt
+from minisap.evaluate import generate_texts
+from minisap.mechanism import clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space
+from minisap.sap import response_nll
+from minisap.tokenizer import Tokenizer
+from minisap.world import World, write_random_checkpoint
+from tiny import BASE, VOCAB_SIZE, tiny_model, write_tokenizer
+
+ROWS = World(0).rows("unsafe", 3)
+
+
+@pytest.fixture(scope="module")
+def tiny_world(tmp_path_factory):
+    path = write_random_checkpoint(tmp_path_factory.mktemp("world"), World(0))
+    return load_model(path, torch.float64), Tokenizer(path)
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A model whose prompts differ in length."""
+    return tiny_model(BASE | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}), Tokenizer(write_tokenizer(tmp_path))
+
+
+def test_the_streams_are_what_the_mlp_reads_and_holds(tiny_world):
+    """Of every layer: output = (what attention left) + down_proj(â), â = silu(gate_proj a) · up_proj a."""
+    model, tokenizer = tiny_world
+    a, a_hat = mlp_streams(model, tokenizer, [row["prompt"] for row in ROWS])
+    assert a.shape == (3, 3, 64) and a_hat.shape == (3, 3, 256)
+    hidden = []
+    with torch.no_grad():
+        model.model(torch.tensor([encode_prompt(tokenizer, ROWS[1]["prompt"])]), hidden=hidden)
+        for layer, before, after, x, y in zip(model.model.layers[1:], hidden, hidden[1:], a[1:, 1], a_hat[1:, 1]):
+            middle = after[0, -1] - layer.mlp.down_proj(y)
+            torch.testing.assert_close(layer.post_attention_layernorm(middle), x)
+            torch.testing.assert_close(torch.nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x), y)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_clusters_of_planted_clouds():
+    """Two clouds on parallel lines, 6 apart and each of variance 2 along the line."""
+    line = torch.tensor([[0.0, -math.sqrt(2)], [0.0, 0.0], [0.0, math.sqrt(2)]])
+    found = clusters(line, line + torch.tensor([6.0, 0.0]))
+    tau_safe = (2 * (math.hypot(6, math.sqrt(2)) - math.sqrt(2)) + 6) / 3
+    assert found == pytest.approx({"separation": 2 * tau_safe, "fisher": 36 / 4, "sigma1_unsafe": 1.0, "sigma1_safe": 1.0}, rel=1e-6)
+    square = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    assert clusters(square, square)["sigma1_safe"] == pytest.approx(0.5) and clusters(square, square)["separation"] == 0
+
+
+def test_column_space_of_planted_updates():
+    torch.manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(400, 400, dtype=torch.float64))
+    W = Q[:, :100] @ torch.randn(100, 100, dtype=torch.float64)
+    rank = column_space(W, W)["rank"]
+    inside, outside = Q[:, :100] @ torch.randn(100, 5, dtype=torch.float64), Q[:, 100:] @ torch.randn(300, 5, dtype=torch.float64)
+    assert 50 < rank <= 100 and column_space(W, outside)["sin_theta"] == pytest.approx(1)
+    assert column_space(Q[:, :100], inside)["sin_theta"] < 0.2 and column_space(W, W)["sin_theta_top"] < 1e-6
+    found = column_space(W, outside + 0.01 * inside)
+    assert found["sin_theta_random"] == pytest.approx(math.sqrt(1 - rank / 400), abs=0.01)
+
+
+def test_row_space_of_a_planted_update():
+    u, v = torch.tensor([[0.6], [0.8]]), torch.tensor([[0.0, 1.0, 0.0]])
+    a = torch.tensor([[3.0, 4.0, 0.0], [0.0, -2.0, 0.0], [5.0, 0.0, 0.0]])
+    assert row_space(2.5 * u @ v, a) == pytest.approx({"delta_a": 2.5 * (0.8 + 1 + 0) / 3, "delta_a_top": 2.5 * (0.8 + 1 + 0) / 3})
+
+
+def test_lipschitz_against_central_differences_and_scalings(tiny_world):
+    model, tokenizer = tiny_world
+    found = lipschitz(model, tokenizer, [ROWS[0]["prompt"]])
+    ids = torch.tensor([encode_prompt(tokenizer, ROWS[0]["prompt"])])
+    probe = {-1: torch.zeros(1, ids.shape[1], 64, dtype=torch.float64, requires_grad=True)}
+    top = lambda probe: model(ids, probe)[0, -1].max()
+    direction = torch.autograd.grad(top(probe), probe[-1])[0]
+    direction /= direction.norm()
+    slope = (top({-1: 1e-5 * direction}) - top({-1: -1e-5 * direction})).item() / 2e-5
+    assert found["lipschitz"] == pytest.approx(slope, rel=1e-6)
+    model.lm_head.weight.data *= 3
+    scaled = lipschitz(model, tokenizer, [ROWS[0]["prompt"]])
+    model.lm_head.weight.data /= 3
+    assert scaled["lipschitz"] == pytest.approx(3 * found["lipschitz"])
+    assert scaled["lipschitz_relative"] == pytest.approx(found["lipschitz_relative"])
+
+
+def test_interpolation_passes_through_both_ends_and_beyond():
+    before, after, model = (tiny_model(seed=seed) for seed in (0, 1, 2))
+    for alpha in (0, 1, 1.5):
+        interpolate(model, before, after, alpha)
+        for j in (0, 1):
+            b, a = mlp_matrix(before, j), mlp_matrix(after, j)
+            torch.testing.assert_close(mlp_matrix(model, j), (1 - alpha) * b + alpha * a)
+
+
+def test_a_prefill_of_nothing_is_no_attack_and_of_all_is_the_answer(tiny_world):
+    model, tokenizer = tiny_world
+    assert prefill(model, tokenizer, ROWS, 0, 10, 64) == generate_texts(model, tokenizer, [row["prompt"] for row in ROWS], 10)
+    assert [text.split()[:10] for text in prefill(model, tokenizer, ROWS, 10, 2, 64)] == [row["harmful"].split() for row in ROWS]
+
+
+def test_a_suffix_of_norm_0_is_no_attack(tiny_world):
+    model, tokenizer = tiny_world
+    assert soft_suffix(model, tokenizer, ROWS, 4, 0.0, 10, 64) == generate_texts(model, tokenizer, [r["prompt"] for r in ROWS], 10)
+    with pytest.raises(ValueError, match="a soft suffix of 5 tokens: the prompt has 4 places for it"):
+        soft_suffix(model, tokenizer, ROWS, 5, 0.0, 10, 64)
+
+
+def test_a_strong_suffix_brings_the_target_and_each_row_has_its_own(chat):
+    """Rows of different lengths, alone and together."""
+    model, tokenizer = chat
+    rows = [{"prompt": "short", "harmful": "ab"}, {"prompt": "a much longer prompt", "harmful": "xy"}]
+    texts = soft_suffix(model, tokenizer, rows, 3, 8.0, 2, 200, steps=40)
+    assert texts == [soft_suffix(model, tokenizer, [row], 3, 8.0, 2, 200, steps=40)[0] for row in rows]
+    assert texts != generate_texts(model, tokenizer, [row["prompt"] + " !" * 3 for row in rows], 2)
