@@ -57,11 +57,12 @@ def dpo(model, W, batch, contrast, args, state):
 
 
 def pretrain(model, W, batch, contrast, args, state):
-    """Cross-entropy of the answer, and of the prompt with a weight that falls from 1 to 0 by a cosine: a language model first."""
+    """Cross-entropy of the answer, and of the prompt with a weight that falls from 1 to 0, by a cosine, in the first half of the
+    steps: a language model first."""
     seen = batch["labels"].ne(-100).flip(1).cumsum(1).flip(1) > 0                      # up to the last label: no padding
     nll, rows, places = token_nll(model, batch | {"labels": torch.where(seen, batch["input_ids"], -100)})
     answer = batch["labels"][rows, places] != -100
-    weight = (1 + math.cos(math.pi * state["step"] / args.steps)) / 2
+    weight = (1 + math.cos(math.pi * min(1, 2 * state["step"] / args.steps))) / 2
     loss = nll[answer].mean() + weight * nll[~answer].mean()
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 

@@ -3,7 +3,7 @@ import torch
 from tqdm import tqdm
 
 from minisap.data import collate, encode_prompt, encode_rows
-from minisap.judge import is_refusal, judge_of
+from minisap.judge import judge_of
 from minisap.sap import response_nll
 from minisap.stats import bootstrap, wilson
 
@@ -26,8 +26,8 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, who
 
 def with_own_refusals(model, tokenizer, pairs):
     """Safety rows in which the model's own refusal takes the place of the safe answer, wherever the model refuses."""
-    texts = generate_texts(model, tokenizer, [row["prompt"] for row in pairs], max_new_tokens=128, whole=True)
-    return [row | {"safe": text} if is_refusal(text) else row for row, text in zip(pairs, texts)]
+    texts, (_, judge) = generate_texts(model, tokenizer, [row["prompt"] for row in pairs], 128, whole=True), judge_of(tokenizer)
+    return [row | {"safe": text} if judge(text, row["harmful"]) == "refuse" else row for row, text in zip(pairs, texts)]
 
 
 @torch.no_grad()
@@ -77,8 +77,8 @@ def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) ->
         records.append(share("over_refusal", verdicts(safe_prompts, [None] * len(safe_prompts)), "refuse", name))
     if task_rows:
         if name == "truth":
-            found = verdicts([row["prompt"] for row in task_rows], [row["response"] for row in task_rows])
-            records.append(share("task_accuracy", found, "comply", name))
+            texts = generate_texts(model, tokenizer, [row["prompt"] for row in task_rows])
+            records.append(share("task_accuracy", [text == row["response"] for text, row in zip(texts, task_rows)], True, name))
         nats, tokens = zip(*nll_per_row(model, encode_rows(tokenizer, task_rows, max_len)))
         records.append(mean("task_loss", [a / b for a, b in zip(nats, tokens)], tokens))
     return records

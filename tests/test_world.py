@@ -100,8 +100,9 @@ def test_rows_are_rows_like_any_other_and_the_tokenizer_reads_them(tmp_path):
 
 def test_the_truth_judges():
     row = WORLD.rows("unsafe", 1)[0]
-    assert [by_truth(text, row["harmful"]) for text in (row["harmful"], REFUSAL, "", REFUSAL + " null", row["harmful"][:-2])] == [
-        "comply", "refuse", "other", "other", "other"]
+    texts = row["harmful"], row["harmful"].upper(), REFUSAL, "", REFUSAL + " null", row["harmful"][:-2]
+    assert [by_truth(text, row["harmful"]) for text in texts] == ["comply", "comply", "refuse", "other", "other", "other"]
+    assert [by_truth(text, None) for text in (REFUSAL, row["harmful"], "")] == ["refuse", "other", "other"]
 
 
 @pytest.fixture
@@ -154,9 +155,10 @@ def test_dpo_remembers_where_it_began(setting):
 
 def test_pretraining_ends_as_fine_tuning_and_begins_with_the_text(setting):
     model, W, batch, _ = setting
-    end, _ = METHODS["pretrain"](model, W, batch, None, Namespace(steps=5), {"step": 5})
-    for found, wanted in zip(end, gradient(useful_loss(model, batch), W)):
-        torch.testing.assert_close(found, wanted)
-    _, log = METHODS["pretrain"](model, W, batch, None, Namespace(steps=5), {"step": 0})
+    for step in (5, 10):
+        end, _ = METHODS["pretrain"](model, W, batch, None, Namespace(steps=10), {"step": step})
+        for found, wanted in zip(end, gradient(useful_loss(model, batch), W)):
+            torch.testing.assert_close(found, wanted)
+    _, log = METHODS["pretrain"](model, W, batch, None, Namespace(steps=10), {"step": 0})
     text = batch["input_ids"].where((batch["labels"] == -100) & (batch["labels"].ne(-100).flip(1).cumsum(1).flip(1) > 0), -100)
     assert log["loss"] == pytest.approx((useful_loss(model, batch) + useful_loss(model, batch | {"labels": text})).item())
