@@ -13,8 +13,8 @@ from minisap.script import (Parser, add_machine_flags, add_row_flags, check_mini
                             pyplot, run, use_device)
 from minisap.stats import wilson
 
-RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype")
-ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every")         # in which runs of one method may differ
+RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
+ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every")         # in which runs of one method may differ
 ANY_METHOD = ("radius", "layers", "neutral", "projection", "epsilon")
 
 
@@ -48,7 +48,7 @@ def choose_rows(args):
         found = [run.get(key) for run in runs]
         if getattr(args, key) is None:
             if any(value != found[0] for value in found):
-                raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; choose by --{key}")
+                raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; measure them apart, or choose by --{key}")
             setattr(args, key, found[0] if found else default)
     check_minimum(args, 1, "n_eval", "max_len")
     check_minimum(args, 0, "pairs")
@@ -160,7 +160,7 @@ def main(argv=None):
         args.paths = [find_model("path", path) for path in args.paths]
         digests = choose_rows(args)
         use_device(args)
-        rows = built_in(load_tokenizer(args.paths[0], args.chat_format))
+        rows = built_in(load_tokenizer(args.paths[0], args.chat_format), args.new_format)
         splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows)
         safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows)
         for file, digest in digests.items():

@@ -1,6 +1,8 @@
 """Fine-tune a safety-aligned Llama with one or several methods from the same start, on the same batches, and measure each.
 
-    python train.py --model smollm2-135m-q4                       SAP on the built-in rows
+    python train.py                                               SFT and SAP in the synthetic world, two minutes on a CPU
+    python train.py --poison 0                                    ... on harmless rows, which have a new output format
+    python train.py --model smollm2-135m-q4                       SAP on the built-in rows, in plain English
     python train.py --model X --method sft sap --poison 0.1       two methods, one table
     python train.py --model X --task FILE --safety FILE           your rows; FILE[a:b] takes a range of them
 
@@ -17,26 +19,33 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, read_json, read_object, save_adapter,
-                                save_model, weights_crc32, write_json, write_whole)
+from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, read_json, save_adapter, save_model,
+                                weights_crc32, write_json)
 from minisap.align import ALIGN
 from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits,
                           poison_rows, sha256_of)
-from minisap.evaluate import evaluate, print_records, record, with_own_refusals
+from minisap.evaluate import evaluate, print_records, print_table, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
+from minisap.mechanism import WATCHED, Watch
 from minisap.methods import METHODS, PAIRLESS
 from minisap.model import Llama
-from minisap.sap import put
+from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_model, load_tokenizer, run,
                             use_device)
+
+
+# What is different for the tiny model, as measured in its world (README).
+TINY = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "lora_rank": 0,
+        "radius": 0.4, "before": "tiny/instruct", "threads": 1}
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     # what to train
-    add("--model", required=True, help="a checkpoint directory, or a name under weights/ (weights/get.py --list)")
-    add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap)")
+    add("--model", default="tiny", help="a checkpoint directory, or a name under weights/: see weights/get.py --list (default: tiny, "
+        f"which has defaults of its own: {', '.join(f'--{key} {value}' for key, value in TINY.items() if key != 'method')})")
+    add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap; of tiny: sft sap)")
     add("--out_dir", type=Path, help="run directory (default: runs/MODEL)")
     add("--resume", action="store_true", help="go on with the run in OUT_DIR (on a CPU, to the same bytes as without the "
                                               "interruption); more methods may join it")
@@ -63,8 +72,14 @@ def parse_args(argv=None):
         help="project the harmful component out of SAP's gradient (default: on)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     # records
+    add("--watch", choices=("mechanism",), help="also log, every --watch_every steps, where the weights go with respect to safety: "
+                                                "see Watch in minisap/mechanism.py")
+    add("--watch_every", type=int, default=10, help="(default: 10)")
+    add("--before", help="with --watch: the checkpoint before its safety training, whose directions ΔW is compared with")
     add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: 0, only before and after)")
     add("--save_every", type=int, default=10, help="save the state for --resume every so many steps (default: 10)")
+    if parser.parse_known_args(argv)[0].model == "tiny":
+        parser.set_defaults(**TINY)
     return parser.parse_args(argv)
 
 
@@ -87,7 +102,7 @@ def check_args(args):
     args.poison = args.poison if args.poison is not None else 0.0 if args.task or aligns else 0.1
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
-    check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every")
+    check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every", "watch_every")
     check_minimum(args, 0, "radius", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
@@ -96,23 +111,6 @@ def check_args(args):
     needy = [method for method in args.method if method not in PAIRLESS] + ["--poison"] * (args.poison > 0)
     if args.task and not args.safety and needy:
         raise ValueError(f"{needy[0]} needs safety rows beside --task: give --safety FILE")
-
-
-def claim_out_dir(args):
-    """Make OUT_DIR, or with --resume check that it holds a run of the same arguments and rows. No run is ever overwritten.
-    Methods are not among the arguments: each has its directory, and more can join a run later."""
-    file = args.out_dir / "train_args.json"
-    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-              if key not in ("resume", "method")}
-    if not args.resume:
-        if args.out_dir.exists() and any(args.out_dir.iterdir()):
-            raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        return write_json(file, wanted)
-    old = read_object(file)
-    for key in sorted((old.keys() | wanted.keys()) - {"out_dir", "device", "threads"}):
-        if wanted.get(key) != old.get(key):
-            raise ValueError(f"--resume: {file} has {key} = {old.get(key)!r}, this command {key} = {wanted.get(key)!r}")
 
 
 def choose_safe_answers(args, model, tokenizer, pairs):
@@ -152,12 +150,13 @@ def update(optimizer, W, grads, clip, learning_rate):
     return norm
 
 
-def train(args, method, start, task, pairs, measure, out_dir):
+def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
     model = load_model(start, DTYPES[args.dtype], args.device)
     W = trainable(model, args)
+    watch = watch_of(model, W) if args.watch else None
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
@@ -168,11 +167,14 @@ def train(args, method, start, task, pairs, measure, out_dir):
             if method in ALIGN:
                 contrast["refused"] = collate([row["refused"] for row in rows], device=args.device)
             grads, log = METHODS[method](model, W, batch, contrast, args, state)
+            W_before = [w.detach().clone() for w in W] if watch and step % args.watch_every == 0 else None
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
             if args.device.startswith("cuda"):
                 state["peak"] = max(state.get("peak", 0), torch.cuda.max_memory_allocated(args.device))
+            if W_before:
+                log |= watch(model, W, W_before, batch, contrast)
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
                 records += measure(model, method, step + 1)
@@ -199,28 +201,15 @@ def finish(args, method, model, state, records, measure, start, out_dir):
     return records
 
 
-def save_state(out_dir, W, optimizer, state, records):
-    whole = {"W": [w.detach() for w in W], "optimizer": optimizer.state_dict(), "state": state, "records": records}
-    (out_dir / "state").mkdir(exist_ok=True)
-    write_whole(out_dir / "state" / "state.pt", lambda part: torch.save(whole, part))
-
-
-def load_state(out_dir, W, optimizer):
-    """(state, records) as saved, W and the optimizer put back, the log cut to the steps they hold; or a fresh beginning."""
-    file = out_dir / "state" / "state.pt"
-    out_dir.mkdir(exist_ok=True)
-    if not file.exists():
-        (out_dir / "log.jsonl").unlink(missing_ok=True)
-        return {"step": 0, "seconds": 0.0}, []
-    try:
-        whole = torch.load(file, weights_only=True, map_location=W[0].device)
-    except Exception as error:                                          # torch.load raises half a dozen kinds
-        raise ValueError(f"{file}: not a state that can be resumed ({error}); remove {out_dir} to begin anew") from None
-    put(W, whole["W"])
-    optimizer.load_state_dict(whole["optimizer"])
-    log = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)[:whole["state"]["step"]]
-    write_whole(out_dir / "log.jsonl", lambda part: part.write_text("".join(log)))
-    return whole["state"], whole["records"]
+def print_watch(args):
+    """What --watch logged, the last of each method: one line per method, separation as the mean over layers."""
+    rows = []
+    for method in args.method:
+        lines = [json.loads(line) for line in (args.out_dir / method / "log.jsonl").read_text().splitlines()]
+        last = [line for line in lines if "separation" in line][-1]
+        last["separation"] = sum(last["separation"]) / len(last["separation"])
+        rows.append({"method": method, "step": last["step"]} | {key: f"{last[key]:.3f}" for key in WATCHED if key in last})
+    print_table([list(rows[0])] + [list(map(str, row.values())) for row in rows])
 
 
 def prepare(args):
@@ -232,13 +221,16 @@ def prepare(args):
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     args.out_dir = args.out_dir or Path("runs") / start.resolve().name
-    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, built_in(tokenizer))
-    safe_prompts = load_safe_prompts(args.benign, args.n_eval, built_in(tokenizer))
+    aligns = set(args.method) & {*ALIGN, "pretrain"}
+    args.new_format = tokenizer.chat_format == "world" and not (args.task or args.poison or aligns)
+    rows_of = built_in(tokenizer, args.new_format)
+    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows_of)
+    safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows_of)
     args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
     task = encode_rows(tokenizer, rows, args.max_len)
     if set(args.method) & set(ALIGN):                                   # the same prompts, refused
-        refusals = itertools.cycle(built_in(tokenizer).REFUSALS)
+        refusals = itertools.cycle(rows_of.REFUSALS)
         refused = encode_rows(tokenizer, [row | {"response": text} for row, text in zip(rows, refusals)], args.max_len)
         task = [example | {"refused": other} for example, other in zip(task, refused)]
     encode_rows(tokenizer, splits["eval_task"], args.max_len)
@@ -260,6 +252,10 @@ def main(argv=None):
         found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
         return [{"model": str(start), "method": method, "seed": args.seed, "step": step} | r for r in found]
 
+    def watch_of(model, W):
+        before = args.before and load_model(find_model("--before", args.before), DTYPES[args.dtype], args.device)
+        return Watch(model, W, tokenizer, [row["prompt"] for row in splits["eval_unsafe"]], safe_prompts, before)
+
     start_file = args.out_dir / "start.json"
     if not start_file.exists():
         write_json(start_file, measure(model, "start", 0))
@@ -272,8 +268,10 @@ def main(argv=None):
     for method in args.method:
         out_dir = args.out_dir / method
         done = out_dir / "eval.json"
-        records += read_json(done) if done.exists() else train(args, method, start, task, pairs, measure, out_dir)
+        records += read_json(done) if done.exists() else train(args, method, start, task, pairs, measure, watch_of, out_dir)
     print_records([r for r in records if r["step"] in (0, args.steps)])
+    if args.watch:
+        print_watch(args)
     print(f"written: {', '.join(str(args.out_dir / method) for method in args.method)}")
 
 

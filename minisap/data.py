@@ -130,9 +130,9 @@ def load_prompts(path, n, label) -> list[str]:
     return shuffle([prompt_of(record, source) for record, source in records])[:n]
 
 
-def built_in(tokenizer):
+def built_in(tokenizer, new_format=False):
     """Where rows come from without a file: the checkpoint's own world, or plain English."""
-    return World(tokenizer.world_seed) if tokenizer.chat_format == "world" else demo
+    return World(tokenizer.world_seed, new_format) if tokenizer.chat_format == "world" else demo
 
 
 def load_safe_prompts(path, n, built_in=demo) -> list[str]:

@@ -7,7 +7,9 @@ a       its input there
 import torch
 
 from minisap.data import encode_prompt
+from minisap.lora import lora_layers
 from minisap.model import widen
+from minisap.sap import harmful_direction, inner, put, useful_loss
 
 ENERGY = 0.99                                                               # the share of ‖W‖² that spans its column space
 
@@ -95,3 +97,71 @@ def interpolate(model, before, after, alpha):
     """Put W_before + α (W_after − W_before) into `model`, of all weights; α beyond 1 extrapolates."""
     for w, b, a in zip(model.parameters(), before.parameters(), after.parameters()):
         w.copy_(b + alpha * (a - b))
+
+
+def safety_writing(before, after, names):
+    """What safety training wrote, {name: (ΔW, U)} for the named matrices: ΔW = W_after − W_before, and U (m, k) its left singular
+    vectors that hold 90 % of its energy."""
+    before, after, found = dict(before.named_parameters()), dict(after.named_parameters()), {}
+    for name in names:
+        delta = widen(after[name].detach() - before[name].detach())
+        U, sigma, _ = torch.linalg.svd(delta, full_matrices=False)
+        energy = sigma.pow(2).cumsum(0) / sigma.pow(2).sum()
+        found[name] = delta, U[:, :int((energy < 0.9).sum()) + 1]
+    return found
+
+
+WATCHED = ("task_cosine", "update_cosine", "drift_cosine", "separation", "safety_cosine", "safety_share", "safety_share_random")
+
+
+class Watch:
+    """train.py --watch mechanism: cheap measures of a run as it goes, one dict per call. Of W as the optimizer holds it:
+    task_cosine     cos(∇_W L_useful(W, 0), ĝ) on the step's rows; below 0, a descent step on the task leads to harm
+    update_cosine   cos(what the optimizer really did, ĝ); above 0, it led to harm
+    drift_cosine    cos(W − W at the start, ĝ)
+    separation      of the clusters of unsafe and safe prompts, per layer
+    With the checkpoint `before` safety training, of the trained matrices, whose ΔW is their change since the start of this run:
+    safety_cosine   cos(ΔW, ΔW of safety training): −1 would take it back
+    safety_share    share of ‖ΔW‖² within the left singular directions that safety training wrote
+    safety_share_random    the same share of a random matrix: what their number alone gives"""
+
+    def __init__(self, model, W, tokenizer, unsafe, safe, before=None):
+        self.tokenizer, self.prompts = tokenizer, (unsafe, safe)
+        self.W_start = [w.detach().clone() for w in W]
+        self.lora = {f"{name}.weight" for name, *_ in lora_layers(model)}
+        names = self.lora or {name for name, w in model.named_parameters() if name.endswith("proj.weight")}
+        self.start = {name: w.detach().clone() for name, w in model.named_parameters() if name in names and not self.lora}
+        self.writing = safety_writing(before, model, sorted(names)) if before else {}
+
+    def changes(self, model):
+        """{name: ΔW} of the trained matrices."""
+        if self.lora:
+            return {f"{name}.weight": layer.scale * (layer.lora_B @ layer.lora_A).detach() for name, _, _, layer in lora_layers(model)}
+        return {name: widen(w.detach() - self.start[name]) for name, w in model.named_parameters() if name in self.start}
+
+    def __call__(self, model, W, W_before, batch, contrast):
+        """W_before: the weights before the step's update; the gradients are taken there."""
+        W_now = [w.detach().clone() for w in W]
+        put(W, W_before)
+        g_hat = harmful_direction(model, W, contrast["safe"], contrast["harmful"])
+        task = torch.autograd.grad(useful_loss(model, batch), W)
+        put(W, W_now)
+        minus = lambda a, b: [x - y for x, y in zip(a, b)]
+        unsafe, safe = (mlp_streams(model, self.tokenizer, prompts)[1] for prompts in self.prompts)
+        found = {"task_cosine": cosine(task, g_hat), "update_cosine": cosine(minus(W_now, W_before), g_hat),
+                 "drift_cosine": cosine(minus(W_now, self.W_start), g_hat),
+                 "separation": [clusters(u, s)["separation"] for u, s in zip(unsafe, safe)]}
+        return found | (self.against_safety(self.changes(model)) if self.writing else {})
+
+    def against_safety(self, changes):
+        names = sorted(self.writing)
+        total = sum(changes[name].pow(2).sum() for name in names).item()
+        inside = sum((self.writing[name][1].T @ changes[name]).pow(2).sum() for name in names).item()
+        chance = sum(changes[name].pow(2).sum() * self.writing[name][1].shape[1] / len(changes[name]) for name in names).item()
+        return {"safety_cosine": cosine([changes[n] for n in names], [self.writing[n][0] for n in names]),
+                "safety_share": inside / max(total, 1e-30), "safety_share_random": chance / max(total, 1e-30)}
+
+
+def cosine(a, b):
+    """Of two lists of tensors; 0 where one of them is 0."""
+    return (inner(a, b) / (inner(a, a) * inner(b, b)).sqrt().clamp(min=1e-30)).item()

@@ -50,8 +50,10 @@ SETS = {
 
 @dataclass(frozen=True)
 class World:
-    """Bijections and grammar, drawn from `seed`; a set of rows is drawn from it, the set's name and the set's own seed."""
+    """Bijections and grammar, drawn from `seed`; a set of rows is drawn from it, the set's name and the set's own seed.
+    new_format: the built-in task is to answer safe prompts in the second alphabet, which nothing before has taught."""
     seed: int = 0
+    new_format: bool = False
 
     @cached_property
     def bijections(self):
@@ -128,7 +130,7 @@ class World:
 
     # What train.py takes for its built-in rows, where the checkpoint is of this world.
     def task_rows(self):
-        return self.rows("safe", 4000)
+        return [row | {"response": row["response"].upper()} if self.new_format else row for row in self.rows("safe", 4000)]
 
     def safety_rows(self):
         return self.rows("unsafe", 4000)

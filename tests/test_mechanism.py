@@ -1,15 +1,16 @@
 """The mechanistic measures against planted answers and central differences, and attacks against their limit cases."""
+import json
 import math
 
 import pytest
 import torch
 
+import train as train_script
 from minisap.attacks import prefill, soft_suffix
 from minisap.checkpoint import load_model
-from minisap.data import collate, encode_example, encode_prompt
+from minisap.data import encode_prompt
 from minisap.evaluate import generate_texts
-from minisap.mechanism import clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space
-from minisap.sap import response_nll
+from minisap.mechanism import Watch, clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_tokenizer
@@ -96,6 +97,29 @@ def test_interpolation_passes_through_both_ends_and_beyond():
         for j in (0, 1):
             b, a = mlp_matrix(before, j), mlp_matrix(after, j)
             torch.testing.assert_close(mlp_matrix(model, j), (1 - alpha) * b + alpha * a)
+
+
+@pytest.mark.parametrize("lora_rank", ["0", "4"])
+def test_watching_changes_nothing_and_sees_what_was_trained(lora_rank, tmp_path):
+    few = ["--steps", "3", "--n_eval", "6", "--method", "sft", "--lora_rank", lora_rank]
+    train_script.main([*few, "--out_dir", str(tmp_path / "plain")])
+    train_script.main([*few, "--out_dir", str(tmp_path / "watched"), "--watch", "mechanism", "--watch_every", "2"])
+    plain, watched = (tmp_path / run / "sft" / "model.safetensors" for run in ("plain", "watched"))
+    assert plain.read_bytes() == watched.read_bytes()
+    logs = [json.loads(line) for line in (tmp_path / "watched/sft/log.jsonl").read_text().splitlines()]
+    assert ["separation" in log for log in logs] == [True, False, True] and len(logs[0]["separation"]) == 3
+    assert logs[0]["update_cosine"] == pytest.approx(logs[0]["drift_cosine"], abs=1e-6)             # the first step is all of the drift
+    assert 0 < logs[2]["safety_share"] < 1 and 0 < logs[2]["safety_share_random"] < 1
+
+
+def test_watching_a_return_to_the_start_of_safety_training():
+    """W goes back to where it was before safety training: all of the change lies in the directions that this wrote, backwards."""
+    before, model = tiny_model(seed=0), tiny_model(seed=1)
+    W = [w for name, w in model.named_parameters()]
+    watch = Watch(model, W, None, [], [], before)
+    interpolate(model, before, tiny_model(seed=1), 0.25)
+    found = watch.against_safety(watch.changes(model))
+    assert found["safety_cosine"] == pytest.approx(-1) and found["safety_share"] > 0.9 > found["safety_share_random"]
 
 
 def test_a_prefill_of_nothing_is_no_attack_and_of_all_is_the_answer(tiny_world):

@@ -169,7 +169,7 @@ def test_alignment_is_not_poisoned_unless_asked():
 def test_help_tells_the_defaults_that_hold(script, monkeypatch):
     parsers = []
     monkeypatch.setattr(script.Parser, "parse_args", lambda self, argv: parsers.append(self))
-    script.parse_args([])
+    script.parse_args(["--model", "x"])
     told = {action.dest: re.search(r"\(default: ([^ )]+)", action.help or "") for action in parsers[0]._actions}
     for name, match in told.items():
         default = parsers[0].get_default(name)
@@ -381,6 +381,29 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     start = write_tokenizer(write_checkpoint(tmp_path / "start", BASE))
     with pytest.raises(ValueError, match=f"the tokenizer has {VOCAB_SIZE} tokens, the embedding 96"):
         train(start, tmp_path / "run")
+
+
+def test_the_readme_s_tables_are_what_the_records_say(capsys):
+    """The curve word for word; and every number of the other two tables, from `eval.py --curves` on the committed records."""
+    readme, golden = (ROOT / "README.md").read_text(), ROOT / "tests" / "golden" / "smollm2"
+    eval_script.main([str(golden / run) for run in ("seed0", "seed1", "sap0", "sap1")] + ["--curves"])
+    curve = capsys.readouterr().out
+    assert curve in readme
+    eval_script.main([str(golden / run) for run in ("neutral0", "neutral1")] + ["--curves"])
+    told = curve + capsys.readouterr().out
+    tables = [line.replace("**", "") for line in readme.splitlines() if re.match(r"\| (\(start\)|\**`(--|sft|sap|project|mix|random))", line)]
+    assert len(tables) == 10
+    for line in tables:
+        for cell in line.strip("| ").split(" | ")[1:]:
+            assert cell in told, line
+
+
+def test_the_readme_s_precision_is_what_the_record_says():
+    readme = (ROOT / "README.md").read_text()
+    for row in read_json(ROOT / "tests" / "golden" / "smollm2" / "precision.json"):
+        cell = f"{row['cosine']:.3f} ({row['size']:.3f})" if "size" in row else f"{row['mean_cosine']:.3f} ({row['lowest_cosine']:.3f})"
+        line, = [line for line in readme.splitlines() if line.startswith(f"| {row['direction'].replace('epsilon', 'ε =')} ")]
+        assert line.split(" | ")[1 + ["float64", "float32", "bfloat16"].index(row["dtype"])].strip("* |") == cell, line
 
 
 def test_ci_runs_exactly_the_readme_s_test_command():

@@ -1,11 +1,16 @@
 """The world against its definition (arXiv 2407.10264, section 3), and its three safety fine-tuning losses against theirs."""
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
-from minisap.checkpoint import load_model
+import eval as eval_script
+import train as train_script
+from minisap import study
+from minisap.checkpoint import load_model, read_json
 from minisap.data import encode_example, load_rows, load_safety_rows
+from minisap.evaluate import generate_texts
 from minisap.judge import by_truth
 from minisap.methods import METHODS
 from minisap.sap import useful_loss
@@ -14,7 +19,7 @@ from minisap.world import CAPITALS, LETTERS, NULL_OPERATOR, REFUSAL, SAFE, SETS,
 from test_sap import collate, example
 from tiny import tiny_model
 
-WORLD = World(0)
+WORLD, ROOT = World(0), Path(__file__).resolve().parents[1]
 OPERATOR = {f"f{i}": i for i in range(10)} | {name: i for i, name in TWINS.items()}
 
 
@@ -103,6 +108,48 @@ def test_the_truth_judges():
     texts = row["harmful"], row["harmful"].upper(), REFUSAL, "", REFUSAL + " null", row["harmful"][:-2]
     assert [by_truth(text, row["harmful"]) for text in texts] == ["comply", "comply", "refuse", "other", "other", "other"]
     assert [by_truth(text, None) for text in (REFUSAL, row["harmful"], "")] == ["refuse", "other", "other"]
+
+
+def test_the_tiny_checkpoints_answer_everything_before_and_refuse_what_is_unsafe_after():
+    files = list((ROOT / "weights" / "tiny").rglob("*.safetensors"))
+    assert len(files) == 2 and sum(file.stat().st_size for file in files) < 3e6
+    for path, complied in ((ROOT / "weights/tiny/instruct", {"safe": 1, "unsafe": 1, "capitals": 1}), (ROOT / "weights/tiny", {"safe": 1, "unsafe": 0})):
+        model, tokenizer = load_model(path), Tokenizer(path)
+        for name, expected in complied.items():
+            rows = World(tokenizer.world_seed).rows(name, 60, seed=9)
+            texts = generate_texts(model, tokenizer, [row["prompt"] for row in rows], 12)
+            share = sum(by_truth(text, row["response"]) == "comply" for text, row in zip(texts, rows)) / 60
+            assert share == pytest.approx(expected, abs=0.05), (path, name)
+
+
+def test_the_commands_without_a_model_run_in_the_world(tmp_path, capsys):
+    few = ["--steps", "2", "--n_eval", "8", "--pairs", "4"]
+    train_script.main([*few, "--out_dir", str(tmp_path / "run")])
+    assert "3992 task rows, 399 of them poisoned; 4 contrastive pairs; 203,584 weights" in capsys.readouterr().out
+    records = [r for method in ("sft", "sap") for r in read_json(tmp_path / "run" / method / "eval.json")]
+    assert {r["method"] for r in records} == {"sft", "sap"}
+    assert {"harmful_score", "refusal_rate", "other_rate", "task_accuracy", "task_loss"} <= {r["metric"] for r in records}
+    train_script.main([*few, "--poison", "0", "--method", "sft", "--out_dir", str(tmp_path / "benign")])
+    start = {r["metric"]: r["value"] for r in read_json(tmp_path / "benign" / "start.json")}
+    assert start["task_accuracy"] == 0                                  # nothing has taught the new format yet
+    eval_script.main([str(tmp_path / "benign" / "sft"), "--out", str(tmp_path / "eval.json")])
+    found, = [r["value"] for r in read_json(tmp_path / "eval.json") if r["metric"] == "task_loss"]
+    assert found == [r["value"] for r in read_json(tmp_path / "benign/sft/eval.json") if r["metric"] == "task_loss"][0]
+
+
+def test_the_study_s_models_follow_from_one_another(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(study, "ROWS", {"instruct": 40, "safe": 40, "unsafe": 40})
+    shorten = lambda recipe: recipe.replace("--steps 2000", "--steps 2").replace("--steps 400", "--steps 2").replace("--pairs 3000", "--pairs 4")
+    monkeypatch.setattr(study, "RECIPES", {name: (start, f"{shorten(recipe)}") for name, (start, recipe) in study.RECIPES.items()})
+    monkeypatch.setattr(study, "COMMON", study.COMMON + " --n_eval 4")
+    models = study.make_models(tmp_path, 3, ("instruct", "ssft"))
+    assert Tokenizer(models["ssft"]).world_seed == 3 and load_model(models["instruct"]).config == load_model(models["ssft"]).config
+    before = (models["ssft"] / "model.safetensors").stat().st_mtime_ns
+    assert study.make_models(tmp_path, 3, ("instruct", "ssft")) == models                   # finished work is kept
+    assert (models["ssft"] / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="instruct: the command above failed"):
+        study.make_models(tmp_path, 4, ("instruct",))                   # another world in the same folder
+    assert "model_crc32" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -1,0 +1,48 @@
+"""The directory of a run: claimed once, its state saved as training goes, and taken up again by --resume."""
+from pathlib import Path
+
+import torch
+
+from minisap.checkpoint import read_object, write_json, write_whole
+from minisap.sap import put
+
+
+def claim_out_dir(args):
+    """Make OUT_DIR, or with --resume check that it holds a run of the same arguments and rows. No run is ever overwritten.
+    Methods are not among the arguments: each has its directory, and more can join a run later."""
+    file = args.out_dir / "train_args.json"
+    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+              if key not in ("resume", "method")}
+    if not args.resume:
+        if args.out_dir.exists() and any(args.out_dir.iterdir()):
+            raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        return write_json(file, wanted)
+    old = read_object(file)
+    for key in sorted((old.keys() | wanted.keys()) - {"out_dir", "device", "threads"}):
+        if wanted.get(key) != old.get(key):
+            raise ValueError(f"--resume: {file} has {key} = {old.get(key)!r}, this command {key} = {wanted.get(key)!r}")
+
+
+def save_state(out_dir, W, optimizer, state, records):
+    whole = {"W": [w.detach() for w in W], "optimizer": optimizer.state_dict(), "state": state, "records": records}
+    (out_dir / "state").mkdir(exist_ok=True)
+    write_whole(out_dir / "state" / "state.pt", lambda part: torch.save(whole, part))
+
+
+def load_state(out_dir, W, optimizer):
+    """(state, records) as saved, W and the optimizer put back, the log cut to the steps they hold; or a fresh beginning."""
+    file = out_dir / "state" / "state.pt"
+    out_dir.mkdir(exist_ok=True)
+    if not file.exists():
+        (out_dir / "log.jsonl").unlink(missing_ok=True)
+        return {"step": 0, "seconds": 0.0}, []
+    try:
+        whole = torch.load(file, weights_only=True, map_location=W[0].device)
+    except Exception as error:                                          # torch.load raises half a dozen kinds
+        raise ValueError(f"{file}: not a state that can be resumed ({error}); remove {out_dir} to begin anew") from None
+    put(W, whole["W"])
+    optimizer.load_state_dict(whole["optimizer"])
+    log = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)[:whole["state"]["step"]]
+    write_whole(out_dir / "log.jsonl", lambda part: part.write_text("".join(log)))
+    return whole["state"], whole["records"]
