@@ -14,7 +14,8 @@ from minisap.script import (Parser, add_machine_flags, add_row_flags, check_mini
 from minisap.stats import wilson
 
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
-ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every")         # in which runs of one method may differ
+# In which runs of one method may differ.
+ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every", "before")
 ANY_METHOD = ("radius", "layers", "neutral", "projection", "epsilon")
 
 
@@ -48,7 +49,8 @@ def choose_rows(args):
         found = [run.get(key) for run in runs]
         if getattr(args, key) is None:
             if any(value != found[0] for value in found):
-                raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; measure them apart, or choose by --{key}")
+                raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; measure them apart"
+                                 + (f", or choose by --{key}" if key != "new_format" else ""))
             setattr(args, key, found[0] if found else default)
     check_minimum(args, 1, "n_eval", "max_len")
     check_minimum(args, 0, "pairs")

@@ -1,7 +1,7 @@
 """Fine-tune a safety-aligned Llama with one or several methods from the same start, on the same batches, and measure each.
 
-    python train.py                                               SFT and SAP in the synthetic world, two minutes on a CPU
-    python train.py --poison 0                                    ... on harmless rows, which have a new output format
+    python train.py                                               SFT and SAP in the synthetic world, a minute or two on a CPU
+    python train.py --poison 0 --out_dir runs/format              ... on harmless rows, which have a new output format
     python train.py --model smollm2-135m-q4                       SAP on the built-in rows, in plain English
     python train.py --model X --method sft sap --poison 0.1       two methods, one table
     python train.py --model X --task FILE --safety FILE           your rows; FILE[a:b] takes a range of them
@@ -30,13 +30,13 @@ from minisap.mechanism import WATCHED, Watch
 from minisap.methods import METHODS, PAIRLESS
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
-from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_model, load_tokenizer, run,
-                            use_device)
+from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_model, load_tokenizer, of_world,
+                            run, use_device)
 
 
-# What is different for the tiny model, as measured in its world (README).
-TINY = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "lora_rank": 0,
-        "radius": 0.4, "before": "tiny/instruct", "threads": 1}
+# Other defaults for models of the synthetic world, which are tiny.
+WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "lora_rank": 0,
+        "radius": 0.4, "threads": 1}
 
 
 def parse_args(argv=None):
@@ -44,8 +44,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     # what to train
     add("--model", default="tiny", help="a checkpoint directory, or a name under weights/: see weights/get.py --list (default: tiny, "
-        f"which has defaults of its own: {', '.join(f'--{key} {value}' for key, value in TINY.items() if key != 'method')})")
-    add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap; of tiny: sft sap)")
+        f"whose world has other defaults: {', '.join(f'--{key} {value}' for key, value in WORLD.items() if key != 'method')})")
+    add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap; in the world sft sap)")
     add("--out_dir", type=Path, help="run directory (default: runs/MODEL)")
     add("--resume", action="store_true", help="go on with the run in OUT_DIR (on a CPU, to the same bytes as without the "
                                               "interruption); more methods may join it")
@@ -78,8 +78,8 @@ def parse_args(argv=None):
     add("--before", help="with --watch: the checkpoint before its safety training, whose directions ΔW is compared with")
     add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: 0, only before and after)")
     add("--save_every", type=int, default=10, help="save the state for --resume every so many steps (default: 10)")
-    if parser.parse_known_args(argv)[0].model == "tiny":
-        parser.set_defaults(**TINY)
+    if of_world(parser.parse_known_args(argv)[0].model):
+        parser.set_defaults(**WORLD)
     return parser.parse_args(argv)
 
 
@@ -96,10 +96,14 @@ def parse_layers(text, n_layers):
     return sorted({j for first, last in bounds for j in range(first, last + 1)})
 
 
+def aligns(args):
+    """Whether a method is among them that takes the task's answers for good ones, which poison would spoil."""
+    return bool(set(args.method) & {*ALIGN, "pretrain"})
+
+
 def check_args(args):
     """Settle what depends on other arguments, and check every number."""
-    aligns = set(args.method) & {*ALIGN, "pretrain"}                    # whose task answers are the preferred ones
-    args.poison = args.poison if args.poison is not None else 0.0 if args.task or aligns else 0.1
+    args.poison = args.poison if args.poison is not None else 0.0 if args.task or aligns(args) else 0.1
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
     check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every", "watch_every")
@@ -221,8 +225,11 @@ def prepare(args):
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     args.out_dir = args.out_dir or Path("runs") / start.resolve().name
-    aligns = set(args.method) & {*ALIGN, "pretrain"}
-    args.new_format = tokenizer.chat_format == "world" and not (args.task or args.poison or aligns)
+    if args.before:
+        args.before = find_model("--before", args.before)
+        if load_config(args.before) != config:
+            raise ValueError(f"--before {args.before}: not the architecture of {start}")
+    args.new_format = tokenizer.chat_format == "world" and not (args.task or args.poison or aligns(args))
     rows_of = built_in(tokenizer, args.new_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows_of)
     safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows_of)
@@ -253,7 +260,7 @@ def main(argv=None):
         return [{"model": str(start), "method": method, "seed": args.seed, "step": step} | r for r in found]
 
     def watch_of(model, W):
-        before = args.before and load_model(find_model("--before", args.before), DTYPES[args.dtype], args.device)
+        before = args.before and load_model(args.before, DTYPES[args.dtype], args.device)
         return Watch(model, W, tokenizer, [row["prompt"] for row in splits["eval_unsafe"]], safe_prompts, before)
 
     start_file = args.out_dir / "start.json"

@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from minisap.checkpoint import DTYPES, load_config
+from minisap.checkpoint import DTYPES, load_config, read_object
 from minisap.tokenizer import FORMATS, Tokenizer
+
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +47,7 @@ def add_step_flags(add):
         help="contrast with the start model's own refusals where it refuses, or with the file's safe answers (default: own)")
     add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers with LoRA (default: q_proj v_proj)")
     add("--radius", type=float, default=0.002, help="norm of the probe as a share of the layer's hidden-state norm (default: 0.002)")
-    add("--seed", type=int, default=0, help="of LoRA's start, the order of the rows, and the poison (default: 0)")
+    add("--seed", type=int, default=0, help="of LoRA's start, and of which rows come when (default: 0)")
 
 
 def add_machine_flags(add):
@@ -112,11 +115,17 @@ def use_device(args):
 
 def find_model(flag, name):
     """The checkpoint directory that is meant: a path, or a name under weights/."""
-    for path in (Path(name), Path(__file__).resolve().parents[1] / "weights" / name):
+    for path in (Path(name), WEIGHTS / name):
         if (path / "config.json").exists():
             return path
     raise ValueError(f"{flag} {name}: no checkpoint there or under weights/; "
                      "python weights/get.py --list shows what can be fetched")
+
+
+def of_world(name):
+    """Whether this is a checkpoint of the synthetic world; False also where there is none."""
+    files = [path / "tokenizer_config.json" for path in (Path(name), WEIGHTS / name)]
+    return any(read_object(file).get("chat_format") == "world" for file in files if file.exists())
 
 
 def load_tokenizer(path, chat_format):

@@ -119,7 +119,7 @@ class World:
         return row
 
     def rows(self, name, n, seed=0):
-        """n different rows of a set, or of pre-training ("instruct")."""
+        """The first n of a set's rows, or of pre-training's ("instruct"), no two with the same prompt."""
         random, rows = np.random.default_rng([self.seed, 2, [*SETS, "instruct"].index(name), seed]), {}
         while len(rows) < n:
             row = self.draw_instruction(random) if name == "instruct" else self.draw(random, name)
@@ -128,16 +128,17 @@ class World:
 
     REFUSALS = (REFUSAL,)
 
-    # What train.py takes for its built-in rows, where the checkpoint is of this world.
+    # What train.py takes for its built-in rows, where the checkpoint is of this world: none of the first 4,000 of a set, from
+    # which safety training took its own (study.py).
     def task_rows(self):
-        return [row | {"response": row["response"].upper()} if self.new_format else row for row in self.rows("safe", 4000)]
+        rows = self.rows("safe", 8000)[4000:]
+        return [row | {"response": row["response"].upper()} if self.new_format else row for row in rows]
 
     def safety_rows(self):
-        return self.rows("unsafe", 4000)
+        return self.rows("unsafe", 8000)[4000:]
 
     def safe_prompts(self):
-        seen = {row["prompt"] for row in self.task_rows()}
-        return [row["prompt"] for row in self.rows("safe", 1000, seed=1) if row["prompt"] not in seen]
+        return [row["prompt"] for row in self.rows("safe", 9000)[8000:]]
 
 
 def write_random_checkpoint(path, world, seed=0):

@@ -13,7 +13,7 @@ from minisap.evaluate import generate_texts
 from minisap.mechanism import Watch, clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
-from tiny import BASE, VOCAB_SIZE, tiny_model, write_tokenizer
+from tiny import BASE, VOCAB_SIZE, tiny_model, write_checkpoint, write_tokenizer
 
 ROWS = World(0).rows("unsafe", 3)
 
@@ -103,13 +103,22 @@ def test_interpolation_passes_through_both_ends_and_beyond():
 def test_watching_changes_nothing_and_sees_what_was_trained(lora_rank, tmp_path):
     few = ["--steps", "3", "--n_eval", "6", "--method", "sft", "--lora_rank", lora_rank]
     train_script.main([*few, "--out_dir", str(tmp_path / "plain")])
-    train_script.main([*few, "--out_dir", str(tmp_path / "watched"), "--watch", "mechanism", "--watch_every", "2"])
+    train_script.main([*few, "--out_dir", str(tmp_path / "watched"), "--watch", "mechanism", "--watch_every", "2",
+                       "--before", "tiny/instruct"])
     plain, watched = (tmp_path / run / "sft" / "model.safetensors" for run in ("plain", "watched"))
     assert plain.read_bytes() == watched.read_bytes()
     logs = [json.loads(line) for line in (tmp_path / "watched/sft/log.jsonl").read_text().splitlines()]
     assert ["separation" in log for log in logs] == [True, False, True] and len(logs[0]["separation"]) == 3
     assert logs[0]["update_cosine"] == pytest.approx(logs[0]["drift_cosine"], abs=1e-6)             # the first step is all of the drift
     assert 0 < logs[2]["safety_share"] < 1 and 0 < logs[2]["safety_share_random"] < 1
+
+
+def test_a_checkpoint_of_another_shape_is_refused_before_any_work(tmp_path):
+    other = write_checkpoint(tmp_path / "other")
+    for before, message in (("nosuch", "--before nosuch: no checkpoint there"), (str(other), "other: not the architecture of .*tiny")):
+        with pytest.raises(ValueError, match=message):
+            train_script.main(["--watch", "mechanism", "--before", before, "--out_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_watching_a_return_to_the_start_of_safety_training():

@@ -1,5 +1,5 @@
 """Remake weights/tiny from nothing but a seed: a Llama of 0.2M parameters that lives in the synthetic world of minisap/world.py,
-pre-trained there (weights/tiny/instruct), then taught to refuse (weights/tiny). Six minutes on one CPU thread.
+pre-trained there (weights/tiny/instruct), then taught to refuse (weights/tiny). Five to seven minutes on one CPU thread.
 
     python weights/make_tiny.py                 in weights/tiny, by way of runs/make_tiny
 """
@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))                                           # so tha
 from minisap.script import Parser, run
 from minisap.study import make_models
 
-FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "eval.json")
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
 def main():
