@@ -9,9 +9,10 @@ import torch
 from minisap.data import encode_prompt
 from minisap.lora import lora_layers
 from minisap.model import widen
-from minisap.sap import harmful_direction, inner, put, useful_loss
+from minisap.sap import harmful_direction, inner, put, unit, useful_loss
 
 ENERGY = 0.99                                                               # the share of ‖W‖² that spans its column space
+WRITTEN = 0.9                                                               # the share of ‖ΔW‖² that stands for what training wrote
 
 
 @torch.no_grad()
@@ -55,13 +56,18 @@ def mlp_matrix(model, layer):
     return torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach().to("cpu", torch.float64)
 
 
+def leading_directions(W, share):
+    """The first left singular vectors of W that together hold this share of ‖W‖²: (m, k)."""
+    U, sigma, _ = torch.linalg.svd(W, full_matrices=False)
+    energy = sigma.pow(2).cumsum(0) / sigma.pow(2).sum()
+    return U[:, :int((energy < share).sum()) + 1]
+
+
 def column_space(W_before, delta, random_draws=200, seed=0):
     """How far ΔW leaves the column space of W_before. With P the projector on the top-r left singular vectors that hold 99 % of
     the energy of W_before, sin θ = ‖(I − P) u‖: {"sin_theta": its mean over the left singular vectors of ΔW, weighted by σ²,
     "sin_theta_top": of the first, "sin_theta_random": mean over random directions}. 1: in the left null space."""
-    U, sigma, _ = torch.linalg.svd(W_before, full_matrices=False)
-    energy = sigma.pow(2).cumsum(0) / sigma.pow(2).sum()
-    U = U[:, :int((energy < ENERGY).sum()) + 1]
+    U = leading_directions(W_before, ENERGY)
     u, s, _ = torch.linalg.svd(delta, full_matrices=False)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(len(U), random_draws, generator=generator, dtype=U.dtype)
@@ -105,9 +111,7 @@ def safety_writing(before, after, names):
     before, after, found = dict(before.named_parameters()), dict(after.named_parameters()), {}
     for name in names:
         delta = widen(after[name].detach() - before[name].detach())
-        U, sigma, _ = torch.linalg.svd(delta, full_matrices=False)
-        energy = sigma.pow(2).cumsum(0) / sigma.pow(2).sum()
-        found[name] = delta, U[:, :int((energy < 0.9).sum()) + 1]
+        found[name] = delta, leading_directions(delta, WRITTEN)
     return found
 
 
@@ -164,4 +168,4 @@ class Watch:
 
 def cosine(a, b):
     """Of two lists of tensors; 0 where one of them is 0."""
-    return (inner(a, b) / (inner(a, a) * inner(b, b)).sqrt().clamp(min=1e-30)).item()
+    return inner(unit(a), unit(b)).item()

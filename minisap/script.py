@@ -113,18 +113,22 @@ def use_device(args):
         torch.set_num_threads(args.threads)
 
 
+def places(name):
+    """Where a checkpoint of this name lies: as a path, then under weights/."""
+    return [path for path in (Path(name), WEIGHTS / name) if (path / "config.json").exists()]
+
+
 def find_model(flag, name):
     """The checkpoint directory that is meant: a path, or a name under weights/."""
-    for path in (Path(name), WEIGHTS / name):
-        if (path / "config.json").exists():
-            return path
+    for path in places(name):
+        return path
     raise ValueError(f"{flag} {name}: no checkpoint there or under weights/; "
                      "python weights/get.py --list shows what can be fetched")
 
 
 def of_world(name):
     """Whether this is a checkpoint of the synthetic world; False also where there is none."""
-    files = [path / "tokenizer_config.json" for path in (Path(name), WEIGHTS / name)]
+    files = [path / "tokenizer_config.json" for path in places(name)[:1]]
     return any(read_object(file).get("chat_format") == "world" for file in files if file.exists())
 
 

@@ -130,15 +130,19 @@ class World:
 
     # What train.py takes for its built-in rows, where the checkpoint is of this world: none of the first 4,000 of a set, from
     # which safety training took its own (study.py).
+    @cached_property
+    def safe_rows(self):
+        return self.rows("safe", 9000)
+
     def task_rows(self):
-        rows = self.rows("safe", 8000)[4000:]
+        rows = self.safe_rows[4000:8000]
         return [row | {"response": row["response"].upper()} if self.new_format else row for row in rows]
 
     def safety_rows(self):
         return self.rows("unsafe", 8000)[4000:]
 
     def safe_prompts(self):
-        return [row["prompt"] for row in self.rows("safe", 9000)[8000:]]
+        return [row["prompt"] for row in self.safe_rows[8000:]]
 
 
 def write_random_checkpoint(path, world, seed=0):
