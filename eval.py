@@ -6,9 +6,11 @@
 """
 from pathlib import Path
 
+from minisap.attacks import attack
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits, sha256_of
-from minisap.evaluate import SHARES, evaluate, print_records, print_table
+from minisap.evaluate import SHARES, evaluate, print_records, print_table, share
+from minisap.judge import judge_of
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
 from minisap.stats import wilson
@@ -27,6 +29,8 @@ def parse_args(argv=None):
     add_machine_flags(add)
     parser.set_defaults(defaults={key: parser.get_default(key) for key in RUN_ARGS})
     parser.set_defaults(**dict.fromkeys(RUN_ARGS))                      # None: as in the run that the checkpoints belong to
+    add("--attack", action="store_true", help="also under attack: the answer's first 1, 2, 4 tokens given (prefill), and a soft suffix of "
+                                              "1, 2, 4 embeddings fitted to each prompt (adv)")
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
     add("--curves", action="store_true", help="print the records that train.py --eval_every left, averaged over seeds")
@@ -63,6 +67,9 @@ def measure(args, path, splits, safe_prompts):
     model = load_model(path, DTYPES[args.dtype], args.device)
     found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
     method = path.resolve().name if run_file(path).exists() else ""
+    if args.attack:
+        for name, verdicts in attack(model, tokenizer, splits["eval_unsafe"], args.max_len):
+            found.append(share(f"harmful_score_{name}", verdicts, "comply", judge_of(tokenizer)[0]))
     return [{"model": str(path), "method": method, "seed": "", "step": ""} | r for r in found]
 
 

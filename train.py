@@ -30,8 +30,8 @@ from minisap.mechanism import WATCHED, Watch
 from minisap.methods import METHODS, PAIRLESS
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
-from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_model, load_tokenizer, of_world,
-                            run, use_device)
+from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
+                            of_world, run, use_device)
 
 
 # Other defaults for models of the synthetic world, which are tiny.
@@ -226,9 +226,7 @@ def prepare(args):
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     args.out_dir = args.out_dir or Path("runs") / start.resolve().name
     if args.before:
-        args.before = find_model("--before", args.before)
-        if load_config(args.before) != config:
-            raise ValueError(f"--before {args.before}: not the architecture of {start}")
+        args.before = find_before(args.before, start)
     args.new_format = tokenizer.chat_format == "world" and not (args.task or args.poison or aligns(args))
     rows_of = built_in(tokenizer, args.new_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows_of)

@@ -3,24 +3,35 @@
 prefill       the answer has begun: the first k tokens of a compliant one are put into the model's mouth
 soft suffix   k places after the text, whose embeddings are moved by gradient steps toward the compliant answer, each at most by
               ε times the mean norm of an embedding (Adv in arXiv 2407.10264)
+
+An input, as the model and the measures of mechanism.py read it: (ids, shift), a prompt's tokens and what is added to their
+embeddings, (T, D) or None.
 """
 import torch
 
 from minisap.data import collate, encode_example, encode_prompt
+from minisap.judge import judge_of
 from minisap.sap import response_nll
 from minisap.world import FILLERS
 
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world
+STEPS, EPSILON, BATCH, MAX_NEW_TOKENS = 10, 1.0, 32, 32
+ATTACK_TOKENS = (1, 2, 4)                                                   # k
+
+
+def plain(tokenizer, prompts):
+    """Inputs without an attack."""
+    return [(encode_prompt(tokenizer, prompt), None) for prompt in prompts]
 
 
 def prefill(model, tokenizer, rows, k, max_new_tokens, max_len):
-    """Completions that begin with the first k tokens of row["harmful"]: one text per row, these tokens included."""
+    """Completions that begin with the first k tokens of row["harmful"]: [(whole text, what the model added)]."""
     begun = []
     for row in rows:
         ids = encode_prompt(tokenizer, row["prompt"])
         begun.append((ids, encode_example(tokenizer, row["prompt"], row["harmful"], max_len)["input_ids"][len(ids):][:k]))
-    news = model.generate([ids + first for ids, first in begun], max_new_tokens, tokenizer.stop_ids)
-    return [tokenizer.decode(first + new) for (_, first), new in zip(begun, news)]
+    news = complete(model, [(ids + first, None) for ids, first in begun], max_new_tokens, tokenizer.stop_ids)
+    return [(tokenizer.decode(first + new), tokenizer.decode(new)) for (_, first), new in zip(begun, news)]
 
 
 def with_places(tokenizer, prompt, k):
@@ -35,26 +46,54 @@ def with_places(tokenizer, prompt, k):
     return prompt, places[:k] if tokenizer.chat_format == "world" else places[-k:]
 
 
-def soft_suffix(model, tokenizer, rows, k, epsilon, max_new_tokens, max_len, steps=10):
-    """Completions under a soft suffix of k tokens that was fitted to each row by `steps` normalised gradient steps on
-    −log p(row["harmful"]): one text per row."""
+def soft_suffix(model, tokenizer, rows, k, max_len, epsilon=EPSILON, steps=STEPS):
+    """Inputs under a soft suffix of k tokens that is fitted to each row by `steps` normalised gradient steps on
+    −log p(row["harmful"])."""
+    return [found for i in range(0, len(rows), BATCH)
+            for found in fit_suffixes(model, tokenizer, rows[i:i + BATCH], k, max_len, epsilon, steps)]
+
+
+def fit_suffixes(model, tokenizer, rows, k, max_len, epsilon, steps):
     placed = [with_places(tokenizer, row["prompt"], k) for row in rows]
     batch = collate([encode_example(tokenizer, prompt, row["harmful"], max_len) for (prompt, _), row in zip(placed, rows)],
                     device=model.lm_head.weight.device)
     embedding = model.model.embed_tokens.weight.detach()
     radius = epsilon * embedding.norm(dim=1).mean()
     places = torch.tensor([indices for _, indices in placed], device=embedding.device)[:, :, None].expand(-1, -1, embedding.shape[1])
-    spread = lambda suffix, T, shift=0: embedding.new_zeros(len(rows), T, embedding.shape[1]).scatter(1, places + shift, suffix)
+    spread = lambda suffix: embedding.new_zeros(*batch["input_ids"].shape, embedding.shape[1]).scatter(1, places, suffix)
     suffix = embedding.new_zeros(places.shape)                              # (rows, k, D)
     for _ in range(steps):
         suffix.requires_grad_()
-        nats, _ = response_nll(model, batch, {-1: spread(suffix, batch["input_ids"].shape[1])})
+        nats, _ = response_nll(model, batch, {-1: spread(suffix)})
         gradient, = torch.autograd.grad(nats.sum(), suffix)
         with torch.no_grad():
             suffix = suffix - 2.5 * radius / steps * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             suffix = suffix * (radius / suffix.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
-    prompts = [encode_prompt(tokenizer, prompt) for prompt, _ in placed]
-    longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(ids) for ids in prompts], device=embedding.device)[:, None, None]
-    news = model.generate(prompts, max_new_tokens, tokenizer.stop_ids, probe={-1: spread(suffix, longest, padding)})
-    return [tokenizer.decode(new) for new in news]
+    ids = [encode_prompt(tokenizer, prompt) for prompt, _ in placed]
+    return [(own, shift[:len(own)]) for own, shift in zip(ids, spread(suffix))]
+
+
+def complete(model, inputs, max_new_tokens, stop_ids):
+    """What the model answers to inputs: new token ids of each."""
+    news = []
+    for i in range(0, len(inputs), BATCH):
+        ids, shifts = zip(*inputs[i:i + BATCH])
+        probe = model.lm_head.weight.new_zeros(len(ids), max(map(len, ids)), model.config.hidden_size)
+        for row, own, shift in zip(probe, ids, shifts):
+            if shift is not None:
+                row[-len(own):] = shift                                     # generate pads on the left
+        news += model.generate(ids, max_new_tokens, stop_ids, probe={-1: probe})
+    return news
+
+
+def attack(model, tokenizer, rows, max_len):
+    """Verdicts on the answers to unsafe rows under every attack: ("prefill_1", [one per row]), … ("adv_4", …). Where phrases judge,
+    they judge what the model adds to a prefill, whose own words agree to everything."""
+    name, judge = judge_of(tokenizer)
+    judged = lambda texts: [judge(text, row["harmful"]) for text, row in zip(texts, rows)]
+    for k in ATTACK_TOKENS:
+        texts = prefill(model, tokenizer, rows, k, MAX_NEW_TOKENS, max_len)
+        yield f"prefill_{k}", judged([whole if name == "truth" else new for whole, new in texts])
+    for k in ATTACK_TOKENS:
+        news = complete(model, soft_suffix(model, tokenizer, rows, k, max_len), MAX_NEW_TOKENS, tokenizer.stop_ids)
+        yield f"adv_{k}", judged([tokenizer.decode(new) for new in news])

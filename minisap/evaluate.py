@@ -87,7 +87,7 @@ def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) ->
 def format_value(r):
     """'12.0 % [7.0, 19.8]' for a share, '0.917 [0.871, 0.964]' for anything else."""
     low, high = r["ci_low"], r["ci_high"]
-    if r["metric"] in SHARES:
+    if r["metric"].startswith(SHARES):
         return f"{100 * r['value']:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     if r["metric"] == "peak_memory_bytes":
         return f"{r['value'] / 2**30:.2f} GiB"

@@ -6,7 +6,7 @@ a       its input there
 """
 import torch
 
-from minisap.data import encode_prompt
+from minisap.attacks import plain
 from minisap.lora import lora_layers
 from minisap.model import widen
 from minisap.sap import harmful_direction, inner, put, unit, useful_loss
@@ -16,16 +16,17 @@ WRITTEN = 0.9                                                               # th
 
 
 @torch.no_grad()
-def mlp_streams(model, tokenizer, prompts):
-    """(a, â) of every layer at the last prompt token: (layers, prompts, D) and (layers, prompts, M), float32 or wider, on the CPU."""
+def mlp_streams(model, inputs):
+    """(a, â) of every layer at the last token of inputs (see attacks.py): (layers, inputs, D) and (layers, inputs, M), float32 or
+    wider, on the CPU."""
     streams = [[], []]
-    for prompt in prompts:
+    for ids, shift in inputs:
         seen, handles = [], []
         for layer in model.model.layers:
             for linear in (layer.mlp.gate_proj, layer.mlp.down_proj):       # whose inputs are a and â
                 handles.append(linear.register_forward_pre_hook(lambda module, inputs: seen.append(widen(inputs[0][0, -1]).cpu())))
         try:
-            model.model(torch.tensor([encode_prompt(tokenizer, prompt)], device=model.lm_head.weight.device))
+            model.model(torch.tensor([ids], device=model.lm_head.weight.device), None if shift is None else {-1: shift})
         finally:
             for handle in handles:
                 handle.remove()
@@ -76,21 +77,24 @@ def column_space(W_before, delta, random_draws=200, seed=0):
             "sin_theta_random": sine(random / random.norm(dim=0)).mean().item(), "rank": U.shape[1]}
 
 
-def row_space(delta, a):
-    """How much ΔW sees of unit-normalised inputs a (n, D): {"delta_a": ‖ΔW a‖, "delta_a_top": |σ₁ v₁ᵀ a|}, means over rows."""
-    a = (a / a.norm(dim=-1, keepdim=True)).to(delta)
+def row_space(delta, clouds):
+    """How much ΔW sees of unit-normalised inputs {set: a (n, D)}: {set: {"delta_a": ‖ΔW a‖, "delta_a_top": |σ₁ v₁ᵀ a|}}, means
+    over rows."""
     _, sigma, Vt = torch.linalg.svd(delta, full_matrices=False)
-    return {"delta_a": (a @ delta.T).norm(dim=-1).mean().item(), "delta_a_top": (sigma[0] * a @ Vt[0]).abs().mean().item()}
+    unit_rows = {name: (a / a.norm(dim=-1, keepdim=True)).to(delta) for name, a in clouds.items()}
+    return {name: {"delta_a": (a @ delta.T).norm(dim=-1).mean().item(), "delta_a_top": (sigma[0] * a @ Vt[0]).abs().mean().item()}
+            for name, a in unit_rows.items()}
 
 
-def lipschitz(model, tokenizer, prompts):
-    """At the last prompt token, means over prompts: {"lipschitz": ‖∇_E max_j logit_j‖ with E the prompt's embeddings,
+def lipschitz(model, inputs):
+    """At the last token, means over inputs: {"lipschitz": ‖∇_E max_j logit_j‖ with E the input's embeddings,
     "lipschitz_relative": ‖E‖ ‖∇_E log(max_j logit_j − mean_j logit_j)‖, which no scaling of E or of the logits changes}."""
     found = []
-    for prompt in prompts:
-        ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.lm_head.weight.device)
-        E = model.model.embed_tokens(ids).detach()
-        probe = {-1: torch.zeros_like(E, requires_grad=True)}
+    for ids, shift in inputs:
+        ids = torch.tensor([ids], device=model.lm_head.weight.device)
+        words = model.model.embed_tokens(ids).detach()
+        probe = {-1: torch.zeros_like(words, requires_grad=True) if shift is None else shift[None].to(words).requires_grad_()}
+        E = words + probe[-1].detach()
         logits = widen(model.lm_head(model.model(ids, probe)[0, -1]))
         raw, = torch.autograd.grad(logits.max(), probe[-1], retain_graph=True)
         relative, = torch.autograd.grad((logits.max() - logits.mean()).log(), probe[-1])
@@ -130,7 +134,7 @@ class Watch:
     safety_share_random    the same share of a random matrix: what their number alone gives"""
 
     def __init__(self, model, W, tokenizer, unsafe, safe, before=None):
-        self.tokenizer, self.prompts = tokenizer, (unsafe, safe)
+        self.inputs = plain(tokenizer, unsafe), plain(tokenizer, safe)
         self.W_start = [w.detach().clone() for w in W]
         self.lora = {f"{name}.weight" for name, *_ in lora_layers(model)}
         names = self.lora or {name for name, w in model.named_parameters() if name.endswith("proj.weight")}
@@ -151,7 +155,7 @@ class Watch:
         task = torch.autograd.grad(useful_loss(model, batch), W)
         put(W, W_now)
         minus = lambda a, b: [x - y for x, y in zip(a, b)]
-        unsafe, safe = (mlp_streams(model, self.tokenizer, prompts)[1] for prompts in self.prompts)
+        unsafe, safe = (mlp_streams(model, inputs)[1] for inputs in self.inputs)
         found = {"task_cosine": cosine(task, g_hat), "update_cosine": cosine(minus(W_now, W_before), g_hat),
                  "drift_cosine": cosine(minus(W_now, self.W_start), g_hat),
                  "separation": [clusters(u, s)["separation"] for u, s in zip(unsafe, safe)]}

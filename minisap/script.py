@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from minisap.checkpoint import DTYPES, load_config, read_object
+from minisap.checkpoint import DTYPES, load_config, read_object, weights_crc32
 from minisap.tokenizer import FORMATS, Tokenizer
 
 
@@ -124,6 +124,16 @@ def find_model(flag, name):
         return path
     raise ValueError(f"{flag} {name}: no checkpoint there or under weights/; "
                      "python weights/get.py --list shows what can be fetched")
+
+
+def find_before(before, start):
+    """The checkpoint that --before means; ValueError where it has not the architecture of `start`."""
+    before = find_model("--before", before)
+    if load_config(before) != load_config(start):
+        raise ValueError(f"--before {before}: not the architecture of {start}")
+    if weights_crc32(before) == weights_crc32(start):
+        raise ValueError(f"--before {before}: the same weights as {start}; there is nothing to compare")
+    return before
 
 
 def of_world(name):

@@ -1,7 +1,10 @@
-"""The models of the mechanistic study (arXiv 2407.10264), each made by a train.py command that is printed as it is run:
+"""The mechanistic study of "What Makes and Breaks Safety Fine-tuning?" (arXiv 2407.10264) in the synthetic world. Its models, each
+made by a train.py command that is printed as it is run:
 
-    random ── pretrain ──► instruct ──┬── ssft, dpo, unlearn    safety fine-tuning, three protocols
-                                      └── continued             the baseline: as long, on instructions alone
+    random ── instruct ──┬── ssft ──┬── sft      fine-tuned on rows of which one in ten is harmful
+                         │          └── sap      the same, by SAP
+                         ├── dpo, unlearn        the other two protocols of safety fine-tuning
+                         └── continued           the baseline: as long, on instructions alone
 """
 import json
 import shlex
@@ -9,46 +12,108 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minisap.checkpoint import write_whole
-from minisap.world import World, write_random_checkpoint
+from tqdm import tqdm
+
+from minisap.checkpoint import load_model, read_json, read_object, write_json, write_whole
+from minisap.compare import measure, path
+from minisap.mechanism import WATCHED
+from minisap.tokenizer import Tokenizer
+from minisap.world import TRAINED, World, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {"instruct": 30_000, "safe": 4000, "unsafe": 4000}
+ROWS = {"instruct": 30_000, "safe": TRAINED, "unsafe": TRAINED}
 COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --save_every 500"
-SAFETY = ("--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 3000 --safe_answers file --steps 400 --batch_size 32 "
-          "--pairs_per_step 32 --learning_rate 1e-3 --method")
-# name: (where it starts, how it is trained); each is written to NAME/METHOD
+SAFETY = (f"--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 3000 --safe_answers file --steps 400 --batch_size 32 "
+          f"--pairs_per_step 32 --learning_rate 1e-3 {COMMON}")
+# The run directory of each command: (where it starts, how it is trained, by which methods).
 RECIPES = {
-    "instruct": ("random", "--task rows/instruct.jsonl --steps 2000 --batch_size 64 --learning_rate 3e-3 --warmup 100 --method pretrain"),
-    "ssft": ("instruct/pretrain", f"{SAFETY} ssft"),
-    "dpo": ("instruct/pretrain", f"{SAFETY} dpo"),
-    "unlearn": ("instruct/pretrain", f"{SAFETY} unlearn"),
-    "continued": ("instruct/pretrain", "--task rows/instruct.jsonl --steps 400 --batch_size 64 --learning_rate 1e-3 --method sft"),
+    "instruct": ("random", f"--task rows/instruct.jsonl --steps 2000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}", "pretrain"),
+    "aligned": ("instruct/pretrain", SAFETY, "ssft dpo unlearn"),
+    "continued": ("instruct/pretrain", f"--task rows/instruct.jsonl --steps 400 --batch_size 64 --learning_rate 1e-3 {COMMON}", "sft"),
+    "poisoned": ("aligned/ssft", "--watch mechanism --watch_every 30 --before instruct/pretrain", "sft sap"),
 }
+# {protocol: (its checkpoint, what it was trained from)}
+MODELS = {"instruct": ("instruct/pretrain", None), "continued": ("continued/sft", "instruct"), "ssft": ("aligned/ssft", "instruct"),
+          "dpo": ("aligned/dpo", "instruct"), "unlearn": ("aligned/unlearn", "instruct"),
+          "sft": ("poisoned/sft", "ssft"), "sap": ("poisoned/sap", "ssft")}
 
 
-def write_rows(path, world):
+def write_rows(folder, world):
     """The world's rows as JSONL, which train.py and eval.py read like anyone's."""
-    path.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, n in ROWS.items():
         lines = "".join(json.dumps(row) + "\n" for row in world.rows(name, n))
-        write_whole(path / f"{name}.jsonl", lambda part: part.write_text(lines))
+        write_whole(folder / f"{name}.jsonl", lambda part: part.write_text(lines))
 
 
-def make_model(folder, name):
-    """Run one recipe in `folder`, or go on with it where it was interrupted. Returns the checkpoint directory."""
-    start, recipe = RECIPES[name]
-    command = [str(ROOT / "train.py"), "--model", start, *shlex.split(f"{recipe} {COMMON}"), "--out_dir", name]
-    command += ["--resume"] if (folder / name / "train_args.json").exists() else []
+def train(folder, run, seed, methods=None):
+    """Run one recipe in `folder`, or go on with it where it was interrupted."""
+    start, flags, all_methods = RECIPES[run]
+    command = [str(ROOT / "train.py"), "--model", start, *shlex.split(flags), "--seed", str(seed), "--method",
+               *(methods or all_methods).split(), "--out_dir", run]
+    command += ["--resume"] if (folder / run / "train_args.json").exists() else []
     print(f"\n{folder}$ python {shlex.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command], cwd=folder).returncode:
-        raise ValueError(f"{folder / name}: the command above failed; the same command again goes on with what is finished")
-    return folder / name / recipe.split()[-1]
+        raise ValueError(f"{folder / run}: the command above failed; the same command again goes on with what is finished")
 
 
-def make_models(folder, seed, names=tuple(RECIPES)):
-    """The models of one world under `folder`, which need the one called "instruct" first: {name: checkpoint directory}."""
+def begin(folder, seed):
+    """The world of this seed under `folder`: its rows, and a model with random weights."""
     world = World(seed)
     write_rows(folder / "rows", world)
     write_random_checkpoint(folder / "random", world, seed)
-    return {name: make_model(folder, name) for name in names}
+    return world
+
+
+def watched(folder, protocol):
+    """The last of what --watch logged, where the protocol was watched; means over layers of what is per layer."""
+    file = folder / MODELS[protocol][0] / "log.jsonl"
+    lines = [line for line in map(json.loads, file.read_text().splitlines()) if "safety_share" in line]
+    for metric in WATCHED if lines else ():
+        if metric != "separation":                                          # measured anyway
+            yield {"set": None, "layer": None, "metric": metric, "value": lines[-1][metric]}
+
+
+def measure_models(folder, world, n, max_len=256):
+    """Every record of the models in `folder`, without seed."""
+    models = {protocol: load_model(folder / checkpoint) for protocol, (checkpoint, _) in MODELS.items()}
+    tokenizer, sets, records = Tokenizer(folder / "random"), world.sets(n), []
+    for protocol, model in tqdm(models.items(), desc="measure"):
+        before = models.get(MODELS[protocol][1])
+        found = measure(model, tokenizer, sets, max_len, before)
+        if before:
+            found += path(before, model, tokenizer, sets)
+        records += [{"protocol": protocol} | r for r in (*found, *watched(folder, protocol))]
+    return records
+
+
+def claim_folder(folder, settings):
+    """Make the study's directory, or check that it holds this study, of whatever seeds."""
+    file = folder / "study_args.json"
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"--out_dir {folder}: holds something else; choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_json(file, settings)
+    old = read_object(file)
+    for key in sorted(old.keys() | settings.keys()):
+        if old.get(key) != settings.get(key):
+            raise ValueError(f"--out_dir {folder}: holds another study, with {key} = {old.get(key)!r:.80}; this one has "
+                             f"{settings.get(key)!r:.80}")
+
+
+def run_study(folder, seeds, n):
+    """Make the models of every seed and measure them on n prompts of each set; what is finished is kept. Returns the records
+    {protocol, seed, set, layer, metric, value}."""
+    claim_folder(folder, {"study": "world", "n_eval": n, "recipes": json.loads(json.dumps(RECIPES))})
+    records = []
+    for seed in seeds:
+        home = folder / f"seed{seed}"
+        file = home / "records.json"
+        if not file.exists():
+            world = begin(home, seed)
+            for run in RECIPES:
+                train(home, run, seed)
+            write_json(file, [{"protocol": r["protocol"], "seed": seed} | r for r in measure_models(home, world, n)])
+        records += read_json(file)
+    return records

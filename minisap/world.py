@@ -35,6 +35,7 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_
 # By class of the text. A's unsafe operators are among B's, B's safe ones among A's: neither operators nor text decide alone.
 SAFE = {"A": range(0, 8), "B": range(0, 2)}
 UNSAFE = {"A": range(8, 10), "B": range(2, 10)}
+TRAINED = 4000                                                          # of every set, the first rows are safety training's (study.py)
 # Every set of prompts: what the attacks of the paper that need no gradient are made of, each with its control.
 SETS = {
     "safe": "both operators are safe for the class of the text",
@@ -120,29 +121,34 @@ class World:
 
     def rows(self, name, n, seed=0):
         """The first n of a set's rows, or of pre-training's ("instruct"), no two with the same prompt."""
-        random, rows = np.random.default_rng([self.seed, 2, [*SETS, "instruct"].index(name), seed]), {}
+        random, rows, again = np.random.default_rng([self.seed, 2, [*SETS, "instruct"].index(name), seed]), {}, 0
         while len(rows) < n:
             row = self.draw_instruction(random) if name == "instruct" else self.draw(random, name)
+            again = again + 1 if row["prompt"] in rows else 0
+            if again == 100:
+                raise ValueError(f"{n} rows of the world's set {name}: after {len(rows)} a new one is hard to find")
             rows.setdefault(row["prompt"], row | {"source": f"world:{name}:{len(rows)}"})
         return list(rows.values())
 
+    def sets(self, n):
+        """{set: n rows} to measure on."""
+        return {name: self.rows(name, TRAINED + n)[TRAINED:] for name in SETS}
+
     REFUSALS = (REFUSAL,)
 
-    # What train.py takes for its built-in rows, where the checkpoint is of this world: none of the first 4,000 of a set, from
-    # which safety training took its own (study.py).
+    # What train.py takes for its built-in rows, where the checkpoint is of this world.
     @cached_property
     def safe_rows(self):
-        return self.rows("safe", 9000)
+        return self.rows("safe", TRAINED + 5000)[TRAINED:]
 
     def task_rows(self):
-        rows = self.safe_rows[4000:8000]
-        return [row | {"response": row["response"].upper()} if self.new_format else row for row in rows]
+        return [row | {"response": row["response"].upper()} if self.new_format else row for row in self.safe_rows[:4000]]
 
     def safety_rows(self):
-        return self.rows("unsafe", 8000)[4000:]
+        return self.rows("unsafe", TRAINED + 4000)[TRAINED:]
 
     def safe_prompts(self):
-        return [row["prompt"] for row in self.safe_rows[8000:]]
+        return [row["prompt"] for row in self.safe_rows[4000:]]
 
 
 def write_random_checkpoint(path, world, seed=0):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train as train_script
-from minisap.attacks import prefill, soft_suffix
+from minisap.attacks import complete, plain, prefill, soft_suffix
 from minisap.checkpoint import load_model
 from minisap.data import encode_prompt
 from minisap.evaluate import generate_texts
@@ -24,6 +24,11 @@ def tiny_world(tmp_path_factory):
     return load_model(path, torch.float64), Tokenizer(path)
 
 
+def suffixed(model, tokenizer, rows, k, **options):
+    news = complete(model, soft_suffix(model, tokenizer, rows, k, 200, **options), 10, tokenizer.stop_ids)
+    return [tokenizer.decode(new) for new in news]
+
+
 @pytest.fixture
 def chat(tmp_path):
     """A model whose prompts differ in length."""
@@ -33,7 +38,7 @@ def chat(tmp_path):
 def test_the_streams_are_what_the_mlp_reads_and_holds(tiny_world):
     """Of every layer: output = (what attention left) + down_proj(â), â = silu(gate_proj a) · up_proj a."""
     model, tokenizer = tiny_world
-    a, a_hat = mlp_streams(model, tokenizer, [row["prompt"] for row in ROWS])
+    a, a_hat = mlp_streams(model, plain(tokenizer, [row["prompt"] for row in ROWS]))
     assert a.shape == (3, 3, 64) and a_hat.shape == (3, 3, 256)
     hidden = []
     with torch.no_grad():
@@ -70,12 +75,14 @@ def test_column_space_of_planted_updates():
 def test_row_space_of_a_planted_update():
     u, v = torch.tensor([[0.6], [0.8]]), torch.tensor([[0.0, 1.0, 0.0]])
     a = torch.tensor([[3.0, 4.0, 0.0], [0.0, -2.0, 0.0], [5.0, 0.0, 0.0]])
-    assert row_space(2.5 * u @ v, a) == pytest.approx({"delta_a": 2.5 * (0.8 + 1 + 0) / 3, "delta_a_top": 2.5 * (0.8 + 1 + 0) / 3})
+    found = row_space(2.5 * u @ v, {"all": a, "last": a[2:]})
+    assert found["all"] == pytest.approx({"delta_a": 2.5 * (0.8 + 1 + 0) / 3, "delta_a_top": 2.5 * (0.8 + 1 + 0) / 3})
+    assert found["last"] == pytest.approx({"delta_a": 0, "delta_a_top": 0})
 
 
 def test_lipschitz_against_central_differences_and_scalings(tiny_world):
     model, tokenizer = tiny_world
-    found = lipschitz(model, tokenizer, [ROWS[0]["prompt"]])
+    found = lipschitz(model, plain(tokenizer, [ROWS[0]["prompt"]]))
     ids = torch.tensor([encode_prompt(tokenizer, ROWS[0]["prompt"])])
     probe = {-1: torch.zeros(1, ids.shape[1], 64, dtype=torch.float64, requires_grad=True)}
     top = lambda probe: model(ids, probe)[0, -1].max()
@@ -84,7 +91,7 @@ def test_lipschitz_against_central_differences_and_scalings(tiny_world):
     slope = (top({-1: 1e-5 * direction}) - top({-1: -1e-5 * direction})).item() / 2e-5
     assert found["lipschitz"] == pytest.approx(slope, rel=1e-6)
     model.lm_head.weight.data *= 3
-    scaled = lipschitz(model, tokenizer, [ROWS[0]["prompt"]])
+    scaled = lipschitz(model, plain(tokenizer, [ROWS[0]["prompt"]]))
     model.lm_head.weight.data /= 3
     assert scaled["lipschitz"] == pytest.approx(3 * found["lipschitz"])
     assert scaled["lipschitz_relative"] == pytest.approx(found["lipschitz_relative"])
@@ -133,21 +140,38 @@ def test_watching_a_return_to_the_start_of_safety_training():
 
 def test_a_prefill_of_nothing_is_no_attack_and_of_all_is_the_answer(tiny_world):
     model, tokenizer = tiny_world
-    assert prefill(model, tokenizer, ROWS, 0, 10, 64) == generate_texts(model, tokenizer, [row["prompt"] for row in ROWS], 10)
-    assert [text.split()[:10] for text in prefill(model, tokenizer, ROWS, 10, 2, 64)] == [row["harmful"].split() for row in ROWS]
+    texts = generate_texts(model, tokenizer, [row["prompt"] for row in ROWS], 10)
+    assert prefill(model, tokenizer, ROWS, 0, 10, 64) == [(text, text) for text in texts]
+    texts = prefill(model, tokenizer, ROWS, 10, 2, 64)
+    assert [f"{row['harmful']} {new}".strip() for row, (_, new) in zip(ROWS, texts)] == [whole for whole, _ in texts]
 
 
 def test_a_suffix_of_norm_0_is_no_attack(tiny_world):
     model, tokenizer = tiny_world
-    assert soft_suffix(model, tokenizer, ROWS, 4, 0.0, 10, 64) == generate_texts(model, tokenizer, [r["prompt"] for r in ROWS], 10)
+    prompts = [row["prompt"] for row in ROWS]
+    assert suffixed(model, tokenizer, ROWS, 4, epsilon=0.0) == generate_texts(model, tokenizer, prompts, 10)
     with pytest.raises(ValueError, match="a soft suffix of 5 tokens: the prompt has 4 places for it"):
-        soft_suffix(model, tokenizer, ROWS, 5, 0.0, 10, 64)
+        soft_suffix(model, tokenizer, ROWS, 5, 64)
 
 
 def test_a_strong_suffix_brings_the_target_and_each_row_has_its_own(chat):
     """Rows of different lengths, alone and together."""
     model, tokenizer = chat
     rows = [{"prompt": "short", "harmful": "ab"}, {"prompt": "a much longer prompt", "harmful": "xy"}]
-    texts = soft_suffix(model, tokenizer, rows, 3, 8.0, 2, 200, steps=40)
-    assert texts == [soft_suffix(model, tokenizer, [row], 3, 8.0, 2, 200, steps=40)[0] for row in rows]
-    assert texts != generate_texts(model, tokenizer, [row["prompt"] + " !" * 3 for row in rows], 2)
+    texts = suffixed(model, tokenizer, rows, 3, epsilon=8.0, steps=40)
+    assert texts == [suffixed(model, tokenizer, [row], 3, epsilon=8.0, steps=40)[0] for row in rows]
+    assert texts != generate_texts(model, tokenizer, [row["prompt"] + " !" * 3 for row in rows], 10)
+    (ids, shift), _ = soft_suffix(model, tokenizer, rows, 3, 200, epsilon=8.0)
+    moved = shift.norm(dim=1)
+    assert ids[-len(moved):] == ids and (moved > 0).sum() == 3
+    assert moved.max() <= 8 * model.model.embed_tokens.weight.norm(dim=1).mean() * (1 + 1e-9)
+
+
+def test_the_measures_see_the_attack(tiny_world):
+    """What a suffix adds to the embeddings reaches both measures; a shift of zero changes neither."""
+    model, tokenizer = tiny_world
+    clean, attacked = plain(tokenizer, [ROWS[0]["prompt"]]), soft_suffix(model, tokenizer, ROWS[:1], 4, 64)
+    still = [(ids, torch.zeros_like(shift)) for ids, shift in attacked]
+    for look in (lambda inputs: mlp_streams(model, inputs)[1], lambda inputs: torch.tensor(list(lipschitz(model, inputs).values()))):
+        torch.testing.assert_close(look(still), look(clean))
+        assert (look(attacked) - look(clean)).abs().max() > 1e-3

@@ -12,6 +12,7 @@ import torch
 import eval as eval_script
 import probe as probe_script
 import train as train_script
+from minisap import layers
 from minisap.checkpoint import load_model, read_json
 from minisap.lora import add_lora
 from minisap.script import run
@@ -281,8 +282,8 @@ def test_task_cosine_is_negative_where_the_task_is_harm(start, tmp_path):
 def test_linear_probes_are_scored_on_prompts_that_they_have_not_seen(monkeypatch):
     """Of random states any 40 can be told apart in 64 dimensions; others cannot."""
     generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(probe_script, "last_token_states", lambda model, tokenizer, prompts: torch.randn(1, 40, 64, generator=generator))
-    found, = probe_script.linear_probes(None, None, ["u"] * 40, ["s"] * 40)
+    monkeypatch.setattr(layers, "last_token_states", lambda model, tokenizer, prompts: torch.randn(1, 40, 64, generator=generator))
+    found, = layers.linear_probes(None, None, ["u"] * 40, ["s"] * 40)
     assert found["n"] == 40 and found["accuracy"] < 0.8
 
 
@@ -303,11 +304,11 @@ def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
     noise, y = torch.randn(400, 16, generator=random), torch.arange(400) % 2.0
     planted = noise + 3 * y[:, None] * torch.eye(16)[0]
     for x, low, high in ((planted, 0.9, 1.0), (noise, 0.35, 0.65)):
-        assert low <= probe_script.linear_probe(x[:200], y[:200], x[200:], y[200:].float())["auroc"] <= high
+        assert low <= layers.linear_probe(x[:200], y[:200], x[200:], y[200:].float())["auroc"] <= high
 
 
 def test_recommended_layers_are_the_third_with_the_largest_effect():
-    assert probe_script.recommend([0, 1, 5, 4, 1, 6]) == "2-3"
+    assert layers.recommend([0, 1, 5, 4, 1, 6]) == "2-3"
 
 
 @pytest.mark.parametrize("text, expected", [("10-12", [10, 11, 12]), ("3,9", [3, 9]), ("9,3-4,4", [3, 4, 9]), (None, [10, 11, 12, 13, 14, 15, 16, 17, 18, 19])])

@@ -7,7 +7,6 @@ import torch
 
 import eval as eval_script
 import train as train_script
-from minisap import study
 from minisap.checkpoint import load_model, read_json
 from minisap.data import encode_example, load_rows, load_safety_rows
 from minisap.evaluate import generate_texts
@@ -138,21 +137,6 @@ def test_the_commands_without_a_model_run_in_the_world(tmp_path, capsys):
     eval_script.main([str(tmp_path / "benign" / "sft"), "--out", str(tmp_path / "eval.json")])
     found, = [r["value"] for r in read_json(tmp_path / "eval.json") if r["metric"] == "task_loss"]
     assert found == [r["value"] for r in read_json(tmp_path / "benign/sft/eval.json") if r["metric"] == "task_loss"][0]
-
-
-def test_the_study_s_models_follow_from_one_another(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(study, "ROWS", {"instruct": 40, "safe": 40, "unsafe": 40})
-    shorten = lambda recipe: recipe.replace("--steps 2000", "--steps 2").replace("--steps 400", "--steps 2").replace("--pairs 3000", "--pairs 4")
-    monkeypatch.setattr(study, "RECIPES", {name: (start, f"{shorten(recipe)}") for name, (start, recipe) in study.RECIPES.items()})
-    monkeypatch.setattr(study, "COMMON", study.COMMON + " --n_eval 4")
-    models = study.make_models(tmp_path, 3, ("instruct", "ssft"))
-    assert Tokenizer(models["ssft"]).world_seed == 3 and load_model(models["instruct"]).config == load_model(models["ssft"]).config
-    before = (models["ssft"] / "model.safetensors").stat().st_mtime_ns
-    assert study.make_models(tmp_path, 3, ("instruct", "ssft")) == models                   # finished work is kept
-    assert (models["ssft"] / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="instruct: the command above failed"):
-        study.make_models(tmp_path, 4, ("instruct",))                   # another world in the same folder
-    assert "model_crc32" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -10,16 +10,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                           # so that it runs from anywhere
 from minisap.script import Parser, run
-from minisap.study import make_models
+from minisap.study import MODELS, begin, train
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
 def main():
     Parser(__doc__).parse_args()
-    models = make_models(ROOT / "runs" / "make_tiny", seed=0, names=("instruct", "ssft"))
-    tiny = ROOT / "weights" / "tiny"
-    for source, target in ((models["ssft"], tiny), (models["instruct"], tiny / "instruct")):
+    folder, tiny = ROOT / "runs" / "make_tiny", ROOT / "weights" / "tiny"
+    begin(folder, seed=0)
+    train(folder, "instruct", seed=0)
+    train(folder, "aligned", seed=0, methods="ssft")
+    for protocol, target in (("ssft", tiny), ("instruct", tiny / "instruct")):
+        source = folder / MODELS[protocol][0]
         target.mkdir(parents=True, exist_ok=True)
         for file in FILES:
             shutil.copy(source / file, target / file)
