@@ -113,6 +113,7 @@ def study(args):
     records = run_study(args.out_dir, args.seeds, args.n_eval)
     checks = check_all(records)
     write_json(args.out_dir / "study.json", records + as_records(checks))
+    write_json(args.out_dir / "checks.json", checks)
     print_answers(Series(records))
     print_checks(checks)
     print(f"written: {args.out_dir / 'study.json'}")

@@ -23,7 +23,7 @@ def grid(n, title, width=3.2, height=2.8, **options):
     return figure, axes[0]
 
 
-def per_layer(series, metric, sets, label):
+def per_layer(series, metric, sets, label, scale="linear"):
     """A panel per set, a line per protocol."""
     sets = [name for name in sets if series.protocols(name, metric)]
     figure, axes = grid(len(sets), label, sharey=True)
@@ -31,7 +31,7 @@ def per_layer(series, metric, sets, label):
         for protocol in series.protocols(name, metric):
             seeds = series.seeds(protocol, name, metric)
             line(axis, range(len(seeds[0])), seeds, protocol)
-        axis.set(title=name or "", xlabel="layer")
+        axis.set(title=name, xlabel="layer", yscale=scale)
     axes[0].legend(frameon=False, fontsize=7)
     return figure
 
@@ -49,7 +49,7 @@ def draw_answers(series):
         axis.set(title=protocol, xlabel="% of prompts")
         axis.tick_params(axis="y", labelsize=7)
     axes[0].invert_yaxis()
-    axes[-1].legend(fontsize=6)
+    axes[-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -130,6 +130,7 @@ def draw_lipschitz(series):
             if protocols:
                 line(axis, protocols, list(zip(*([seed[0] for seed in series.seeds(p, name, metric)] for p in protocols))), name)
         axis.set_title({"lipschitz": "‖∇ max logit‖", "lipschitz_relative": "free of scale"}[metric], fontsize=8)
+        axis.set_yscale("log")
         axis.tick_params(axis="x", labelsize=7, rotation=30)
     axes[0].legend(frameon=False, fontsize=7)
     return figure
@@ -140,7 +141,7 @@ FIGURES = {
     "answers": (("safe", "comply"), draw_answers),
     "attacks": (("adv_1", "comply"), draw_attacks),
     "separation": (("unsafe", "separation"), lambda series: per_layer(
-        series, "separation", ("unsafe", "co_task", "co_text", "adv"), "separation from safe prompts, τ")),
+        series, "separation", ("unsafe", "co_task", "co_text", "adv"), "separation from safe prompts, τ", "symlog")),
     "sigma1": (("unsafe", "sigma1_share"), lambda series: per_layer(
         series, "sigma1_share", ("unsafe", "safe"), "σ₁ share of the cluster's covariance")),
     "tau": (("unsafe", "tau"), draw_tau),

@@ -23,13 +23,13 @@ from minisap.world import TRAINED, World, write_random_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"instruct": 30_000, "safe": TRAINED, "unsafe": TRAINED}
 COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --save_every 500"
-SAFETY = (f"--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 3000 --safe_answers file --steps 400 --batch_size 32 "
+SAFETY = ("--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 3000 --safe_answers file --steps 800 --batch_size 32 "
           f"--pairs_per_step 32 --learning_rate 1e-3 {COMMON}")
 # The run directory of each command: (where it starts, how it is trained, by which methods).
 RECIPES = {
     "instruct": ("random", f"--task rows/instruct.jsonl --steps 2000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}", "pretrain"),
     "aligned": ("instruct/pretrain", SAFETY, "ssft dpo unlearn"),
-    "continued": ("instruct/pretrain", f"--task rows/instruct.jsonl --steps 400 --batch_size 64 --learning_rate 1e-3 {COMMON}", "sft"),
+    "continued": ("instruct/pretrain", f"--task rows/instruct.jsonl --steps 800 --batch_size 64 --learning_rate 1e-3 {COMMON}", "sft"),
     "poisoned": ("aligned/ssft", "--watch mechanism --watch_every 30 --before instruct/pretrain", "sft sap"),
 }
 # {protocol: (its checkpoint, what it was trained from)}

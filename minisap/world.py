@@ -36,6 +36,7 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_
 SAFE = {"A": range(0, 8), "B": range(0, 2)}
 UNSAFE = {"A": range(8, 10), "B": range(2, 10)}
 TRAINED = 4000                                                          # of every set, the first rows are safety training's (study.py)
+SMALLEST = 4096 * 3                                                     # of twin_safe, one pair of operators before the texts of class A
 # Every set of prompts: what the attacks of the paper that need no gradient are made of, each with its control.
 SETS = {
     "safe": "both operators are safe for the class of the text",
@@ -132,6 +133,8 @@ class World:
 
     def sets(self, n):
         """{set: n rows} to measure on."""
+        if TRAINED + n > SMALLEST:
+            raise ValueError(f"{n} prompts of every set: the world has no more than {SMALLEST - TRAINED}")
         return {name: self.rows(name, TRAINED + n)[TRAINED:] for name in SETS}
 
     REFUSALS = (REFUSAL,)

@@ -54,6 +54,8 @@ def test_a_set_too_small_is_refused(compared, monkeypatch):
     before, after, tokenizer, sets, _ = compared
     with pytest.raises(ValueError, match="co_text: 1 prompts"):
         measure(after, tokenizer, sets | {"co_text": sets["co_text"][:1]}, 64)
+    with pytest.raises(ValueError, match="9000 prompts of every set: the world has no more than 8288"):
+        World(0).sets(9000)
     few = World(0).rows("twin", 3)
     monkeypatch.setattr(World, "draw", lambda world, random, name: few[random.integers(3)])
     with pytest.raises(ValueError, match="4 rows of the world's set twin: after 3 a new one is hard to find"):
