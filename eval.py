@@ -11,6 +11,7 @@ from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write
 from minisap.data import built_in, load_safe_prompts, load_splits, sha256_of
 from minisap.evaluate import SHARES, evaluate, print_records, print_table, share
 from minisap.judge import judge_of
+from minisap.mechanism import print_watched
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
 from minisap.stats import wilson
@@ -165,6 +166,7 @@ def main(argv=None):
         records = read_runs(args.paths)
         curves = curves_of(records)
         print_curves(curves)
+        print_watched(args.paths)
         if args.plot:
             plot_curves(curves, args.plot)
     else:

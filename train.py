@@ -24,9 +24,9 @@ from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_forma
 from minisap.align import ALIGN
 from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits,
                           poison_rows, sha256_of)
-from minisap.evaluate import evaluate, print_records, print_table, record, with_own_refusals
+from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
-from minisap.mechanism import WATCHED, Watch
+from minisap.mechanism import Watch, print_watched
 from minisap.methods import METHODS, PAIRLESS
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
@@ -205,17 +205,6 @@ def finish(args, method, model, state, records, measure, start, out_dir):
     return records
 
 
-def print_watch(args):
-    """What --watch logged, the last of each method: one line per method, separation as the mean over layers."""
-    rows = []
-    for method in args.method:
-        lines = [json.loads(line) for line in (args.out_dir / method / "log.jsonl").read_text().splitlines()]
-        last = [line for line in lines if "separation" in line][-1]
-        last["separation"] = sum(last["separation"]) / len(last["separation"])
-        rows.append({"method": method, "step": last["step"]} | {key: f"{last[key]:.3f}" for key in WATCHED if key in last})
-    print_table([list(rows[0])] + [list(map(str, row.values())) for row in rows])
-
-
 def prepare(args):
     """(start, tokenizer, splits, safe prompts, task examples): every check that can be made before anything is written."""
     args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
@@ -276,7 +265,7 @@ def main(argv=None):
         records += read_json(done) if done.exists() else train(args, method, start, task, pairs, measure, watch_of, out_dir)
     print_records([r for r in records if r["step"] in (0, args.steps)])
     if args.watch:
-        print_watch(args)
+        print_watched([args.out_dir])
     print(f"written: {', '.join(str(args.out_dir / method) for method in args.method)}")
 
 

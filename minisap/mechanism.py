@@ -4,12 +4,16 @@
 a       its input there
 ΔW      W_after − W_before of a layer's MLP input matrices, gate_proj over up_proj: (2 · intermediate_size, hidden_size)
 """
+import json
+
 import torch
 
 from minisap.attacks import plain
+from minisap.evaluate import print_table
 from minisap.lora import lora_layers
 from minisap.model import widen
 from minisap.sap import harmful_direction, inner, put, unit, useful_loss
+from minisap.stats import student
 
 ENERGY = 0.99                                                               # the share of ‖W‖² that spans its column space
 WRITTEN = 0.9                                                               # the share of ‖ΔW‖² that stands for what training wrote
@@ -168,6 +172,35 @@ class Watch:
         chance = sum(changes[name].pow(2).sum() * self.writing[name][1].shape[1] / len(changes[name]) for name in names).item()
         return {"safety_cosine": cosine([changes[n] for n in names], [self.writing[n][0] for n in names]),
                 "safety_share": inside / max(total, 1e-30), "safety_share_random": chance / max(total, 1e-30)}
+
+
+def last_watched(log_file):
+    """What --watch logged last, {"step", metric: value}, "separation" as the mean over layers; {} where nothing was watched."""
+    lines = [line for line in map(json.loads, log_file.read_text().splitlines()) if "separation" in line]
+    return {key: sum(value) / len(value) if isinstance(value, list) else value
+            for key, value in (lines[-1] if lines else {}).items() if key in ("step", *WATCHED)}
+
+
+def print_watched(runs):
+    """What --watch logged last in run directories, one line per method: the mean over runs, its 95 % interval and every run's."""
+    found = {}
+    for file in sorted(file for run in runs for file in run.glob("*/log.jsonl")):
+        line = last_watched(file)
+        if line:
+            found.setdefault((file.parent.name, line.pop("step")), []).append(line)
+    rows = [["method", "step", *WATCHED]]
+    for (method, step), lines in sorted(found.items()):
+        columns = [[line[metric] for line in lines if metric in line] for metric in WATCHED]
+        rows.append([method, str(step), *(format_mean(column) if column else "" for column in columns)])
+    if found:
+        print_table(rows)
+
+
+def format_mean(values):
+    """'0.39 [0.37, 0.41] (0.38, 0.40)': mean, Student's interval, and each; one value stands alone."""
+    each = ", ".join(f"{value:.2f}" for value in values)
+    low, high = student(values) if len(values) > 1 else (None, None)
+    return each if low is None else f"{sum(values) / len(values):.2f} [{low:.2f}, {high:.2f}] ({each})"
 
 
 def cosine(a, b):

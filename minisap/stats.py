@@ -23,6 +23,16 @@ def bootstrap(values, weights=None, draws=2000, seed=0):
     return tuple(float(x) for x in np.quantile(means, (0.025, 0.975)))
 
 
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # quantiles of 97.5 %, for 1, 2, … degrees of freedom
+
+
+def student(values):
+    """(low, high): Student's interval of the mean of a few values, one per seed; at least two."""
+    n, mean = len(values), sum(values) / len(values)
+    half = STUDENT[min(n - 1, len(STUDENT)) - 1] * math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
+    return mean - half, mean + half
+
+
 def auroc(positive, negative):
     """Probability that a positive scores above a negative (ties count half): the area under the ROC curve."""
     difference = np.asarray(positive)[:, None] - np.asarray(negative)[None, :]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minisap.checkpoint import load_model, read_json, read_object, write_json, write_whole
 from minisap.compare import measure, path
-from minisap.mechanism import WATCHED
+from minisap.mechanism import last_watched
 from minisap.tokenizer import Tokenizer
 from minisap.world import TRAINED, World, write_random_checkpoint
 
@@ -66,12 +66,10 @@ def begin(folder, seed):
 
 
 def watched(folder, protocol):
-    """The last of what --watch logged, where the protocol was watched; means over layers of what is per layer."""
-    file = folder / MODELS[protocol][0] / "log.jsonl"
-    lines = [line for line in map(json.loads, file.read_text().splitlines()) if "safety_share" in line]
-    for metric in WATCHED if lines else ():
-        if metric != "separation":                                          # measured anyway
-            yield {"set": None, "layer": None, "metric": metric, "value": lines[-1][metric]}
+    """The last of what --watch logged, where the protocol was watched."""
+    for metric, value in last_watched(folder / MODELS[protocol][0] / "log.jsonl").items():
+        if metric not in ("step", "separation"):                            # the latter is measured, per layer
+            yield {"set": None, "layer": None, "metric": metric, "value": value}
 
 
 def measure_models(folder, world, n, max_len=256):

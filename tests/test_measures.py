@@ -9,7 +9,7 @@ from minisap.data import collate, encode_rows
 from minisap.evaluate import evaluate, format_value, generate_texts, nll_per_row, print_records, with_own_refusals
 from minisap.judge import REFUSALS, is_refusal
 from minisap.sap import useful_loss
-from minisap.stats import auroc, bootstrap, wilson
+from minisap.stats import auroc, bootstrap, student, wilson
 from minisap.tokenizer import Tokenizer
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_tokenizer
 
@@ -28,6 +28,11 @@ def test_bootstrap_gives_the_quantiles_of_every_resample():
     means = [np.average([values[i] for i in p], weights=[weights[i] for i in p]) for p in picks]
     low, high = bootstrap(values, weights, draws=20000)
     assert (low, high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975), method="inverted_cdf")), abs=1e-9)
+
+
+def test_student_s_interval_of_a_textbook_sample():
+    """Mean 2, standard deviation 1, n = 3: 2 ± 4.303 / √3."""
+    assert student([1, 2, 3]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
 
 
 def test_auroc_counts_pairs():

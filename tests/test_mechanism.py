@@ -10,7 +10,7 @@ from minisap.attacks import complete, plain, prefill, soft_suffix
 from minisap.checkpoint import load_model
 from minisap.data import encode_prompt
 from minisap.evaluate import generate_texts
-from minisap.mechanism import Watch, clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space
+from minisap.mechanism import Watch, clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, print_watched, row_space
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_checkpoint, write_tokenizer
@@ -175,3 +175,14 @@ def test_the_measures_see_the_attack(tiny_world):
     for look in (lambda inputs: mlp_streams(model, inputs)[1], lambda inputs: torch.tensor(list(lipschitz(model, inputs).values()))):
         torch.testing.assert_close(look(still), look(clean))
         assert (look(attacked) - look(clean)).abs().max() > 1e-3
+
+
+def test_what_was_watched_is_told_over_seeds(tmp_path, capsys):
+    for seed, cosine in ((0, 0.2), (1, 0.4)):
+        (tmp_path / f"run{seed}" / "sap").mkdir(parents=True)
+        lines = {"step": 0, "task_cosine": 9.0, "separation": [0.0]}, {"step": 5, "task_cosine": cosine, "separation": [1.0, 3.0]}, {"step": 6}
+        (tmp_path / f"run{seed}" / "sap" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print_watched([tmp_path / "run0", tmp_path / "run1"])
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["method", "step", "task_cosine"] and row.startswith("sap     5     0.30 [-0.97, 1.57] (0.20, 0.40)")
+    assert "  2.00 [2.00, 2.00] (2.00, 2.00)" in row
