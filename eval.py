@@ -69,8 +69,11 @@ def measure(args, path, splits, safe_prompts):
     found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
     method = path.resolve().name if run_file(path).exists() else ""
     if args.attack:
+        model.requires_grad_(False)                                         # attacks differentiate embeddings alone
+        judge, _ = judge_of(tokenizer)
         for name, verdicts in attack(model, tokenizer, splits["eval_unsafe"], args.max_len):
-            found.append(share(f"harmful_score_{name}", verdicts, "comply", judge_of(tokenizer)[0]))
+            found.append(share(f"harmful_score_{name}", verdicts, "comply", judge))
+            found.append(share(f"refusal_rate_{name}", verdicts, "refuse", judge))
     return [{"model": str(path), "method": method, "seed": "", "step": ""} | r for r in found]
 
 
@@ -161,6 +164,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.plot and not args.curves:
         raise ValueError("--plot draws the curves that --curves prints; give both")
+    if args.attack and args.curves:
+        raise ValueError("--curves prints what training recorded, without attacks; --attack measures checkpoints")
     check_outputs(args)
     if args.curves:
         records = read_runs(args.paths)

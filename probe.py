@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from minisap.checkpoint import DTYPES, load_model, write_json
-from minisap.compare import Series, measure, path, print_answers, print_layers
+from minisap.compare import Series, answers_between, measure, print_answers, print_layers
 from minisap.data import built_in, load_prompts, load_safe_prompts, load_splits
 from minisap.evaluate import print_table, with_own_refusals
 from minisap.figures import draw_all
 from minisap.layers import gradients, linear_probes, precision, recommend
-from minisap.observations import as_records, check_all, print_checks
+from minisap.observations import check_all, print_checks, records_of
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, check_outputs, find_before,
                             find_model, load_tokenizer, pyplot, run, use_device)
 from minisap.study import run_study
@@ -36,8 +36,8 @@ def parse_args(argv=None):
     # what
     add("--before", help="compare with this checkpoint, which MODEL was trained from: clusters of prompts, where ΔW lies, sensitivity, "
                          "attacks, the path between the two (arXiv 2407.10264)")
-    add("--study", choices=("world",), help="make every model of that paper in the synthetic world, and compare them; what is finished "
-                                            "in OUT_DIR is kept")
+    add("--study", choices=("world",), help="make every model of that paper in the synthetic world, and compare them, on the CPU: about "
+                                            "20 minutes a seed; what is finished in OUT_DIR is kept")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the study (default: 0 1 2)")
     add("--out_dir", type=Path, help="with --before or --study: where records and pictures go")
     add_row_flags(add)
@@ -85,20 +85,24 @@ def plot_layers(rows, file):
     print(f"written: {file}")
 
 
-def compare(args, model, splits, tokenizer):
-    """Records of the checkpoint and of the one before it, printed as tables."""
-    rows, before = built_in(tokenizer), load_model(args.before, DTYPES[args.dtype], args.device)
-    if isinstance(rows, World):
+def compare(args, splits, tokenizer):
+    """The checkpoint and the one before it: compare.json, two tables, pictures."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    rows = built_in(tokenizer)
+    model, before = (load_model(path, DTYPES[args.dtype], args.device) for path in (args.model, args.before))
+    if isinstance(rows, World) and not (args.safety or args.benign):
         sets = rows.sets(args.n_eval)
     else:
         safe = [{"prompt": prompt, "harmful": None} for prompt in load_safe_prompts(args.benign, args.n_eval, rows)]
         sets = {"safe": safe, "unsafe": splits["eval_unsafe"]}
     records = [{"protocol": "before", "seed": None} | r for r in measure(before, tokenizer, sets, args.max_len)]
-    after = measure(model, tokenizer, sets, args.max_len, before) + path(before, model, tokenizer, sets)
+    after = measure(model, tokenizer, sets, args.max_len, before) + answers_between(before, model, tokenizer, sets)
     records += [{"protocol": "after", "seed": None} | r for r in after]
+    write_json(args.out_dir / "compare.json", records)
     print_layers(Series(records))
     print_answers(Series(records))
-    return records
+    print(f"written: {args.out_dir / 'compare.json'}")
+    write_pictures(args, records)
 
 
 def write_pictures(args, records):
@@ -110,9 +114,9 @@ def write_pictures(args, records):
 def study(args):
     """The whole study, printed as observations that hold or do not."""
     torch.set_num_threads(args.threads or 1)                                # fastest for models this small
-    records = run_study(args.out_dir, args.seeds, args.n_eval)
+    records = run_study(args.out_dir, list(dict.fromkeys(args.seeds)), args.n_eval)
     checks = check_all(records)
-    write_json(args.out_dir / "study.json", records + as_records(checks))
+    write_json(args.out_dir / "study.json", records + records_of(checks))
     write_json(args.out_dir / "checks.json", checks)
     print_answers(Series(records))
     print_checks(checks)
@@ -121,22 +125,27 @@ def study(args):
 
 
 def check_args(args):
+    if args.before:
+        args.dtype = args.dtype or "float32"                                # in half precision much of a small ΔW is rounding
     use_device(args)
     check_minimum(args, 1, "pairs", "n_eval", "max_len", "batches", "batch_size", "pairs_per_step")
     check_minimum(args, 0, "seed", "radius")
-    whole = args.before or args.study
-    if whole and not args.out_dir:
-        raise ValueError("--before and --study write several files: give --out_dir DIR")
-    if whole and (args.out or args.plot not in (None, IN_OUT_DIR)):
-        raise ValueError("--before and --study write to --out_dir: give no --out, and --plot without a file")
-    if not whole:
-        if args.plot == IN_OUT_DIR:
-            raise ValueError("--plot: which file?")
-        check_outputs(args)
-    elif args.plot:
-        pyplot()
     if bool(args.model) == bool(args.study):
         raise ValueError("give a checkpoint, or --study world, which makes its own")
+    if bool(args.before) + bool(args.study) + args.precision > 1:
+        raise ValueError("--before, --study and --precision are three different looks: choose one")
+    if not (args.before or args.study):
+        if args.plot == IN_OUT_DIR or args.out_dir:
+            raise ValueError("--plot PNG and --out FILE are for one checkpoint; --out_dir is for --before and --study")
+        return check_outputs(args)
+    if not args.out_dir or args.out or args.plot not in (None, IN_OUT_DIR):
+        raise ValueError("--before and --study write several files: give --out_dir DIR, no --out, and --plot without a file")
+    if args.plot:
+        pyplot()
+    if args.before and args.out_dir.exists() and (not args.out_dir.is_dir() or any(args.out_dir.iterdir())):
+        raise ValueError(f"--out_dir {args.out_dir}: holds something else; choose another")
+    if args.study and min(args.seeds) < 0:
+        raise ValueError(f"--seeds {min(args.seeds)}: at least 0")
 
 
 def main(argv=None):
@@ -146,20 +155,17 @@ def main(argv=None):
         return study(args)
     args.model = find_model("model", args.model)
     args.before = args.before and find_before(args.before, args.model)
+    tokenizer = load_tokenizer(args.model, args.chat_format)
+    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, built_in(tokenizer))
+    if args.before:
+        return compare(args, splits, tokenizer)
     if not args.radius:
         raise ValueError("--radius 0: there would be no probe to look at")
     if "lm_head" in args.lora_targets:
         raise ValueError("--lora_targets lm_head: it lies in no layer, and this table is per layer")
-    tokenizer = load_tokenizer(args.model, args.chat_format)
-    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, built_in(tokenizer))
     model = load_model(args.model, DTYPES[args.dtype], args.device)
     if args.safe_answers == "own":
         splits["pairs"] = with_own_refusals(model, tokenizer, splits["pairs"])
-    if args.before:
-        rows = compare(args, model, splits, tokenizer)
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(args.out_dir / "compare.json", rows)
-        return write_pictures(args, rows)
     if args.precision:
         del model                                                           # precision loads its own, one at a time
         rows = precision(args, splits, tokenizer)
@@ -172,4 +178,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "interrupted; a study goes on with what is finished by the same command")

@@ -72,7 +72,7 @@ def parse_args(argv=None):
         help="project the harmful component out of SAP's gradient (default: on)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     # records
-    add("--watch", choices=("mechanism",), help="also log, every --watch_every steps, where the weights go with respect to safety: "
+    add("--watch", choices=("mechanism",), help="also log, every --watch_every steps and at the last, where the weights go with respect to safety: "
                                                 "see Watch in minisap/mechanism.py")
     add("--watch_every", type=int, default=10, help="(default: 10)")
     add("--before", help="with --watch: the checkpoint before its safety training, whose directions ΔW is compared with")
@@ -154,13 +154,17 @@ def update(optimizer, W, grads, clip, learning_rate):
     return norm
 
 
-def train(args, method, start, task, pairs, measure, watch_of, out_dir):
-    """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
+def reset_peak(args):
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
+
+
+def train(args, method, start, task, pairs, measure, watch_of, out_dir):
+    """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
     model = load_model(start, DTYPES[args.dtype], args.device)
     W = trainable(model, args)
     watch = watch_of(model, W) if args.watch else None
+    reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
@@ -171,14 +175,16 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
             if method in ALIGN:
                 contrast["refused"] = collate([row["refused"] for row in rows], device=args.device)
             grads, log = METHODS[method](model, W, batch, contrast, args, state)
-            W_before = [w.detach().clone() for w in W] if watch and step % args.watch_every == 0 else None
+            looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
+            W_before = [w.detach().clone() for w in W] if looks else None
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
             if args.device.startswith("cuda"):
                 state["peak"] = max(state.get("peak", 0), torch.cuda.max_memory_allocated(args.device))
-            if W_before:
+            if looks:
                 log |= watch(model, W, W_before, batch, contrast)
+                reset_peak(args)                                        # what watching takes is not the method's
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
                 records += measure(model, method, step + 1)
@@ -214,6 +220,8 @@ def prepare(args):
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     args.out_dir = args.out_dir or Path("runs") / start.resolve().name
+    if args.before and not args.watch:
+        raise ValueError("--before: is what --watch mechanism compares with; give both")
     if args.before:
         args.before = find_before(args.before, start)
     args.new_format = tokenizer.chat_format == "world" and not (args.task or args.poison or aligns(args))

@@ -6,12 +6,13 @@ Sets       {name: [{"prompt", "harmful"}]}, among them "safe" and "unsafe"; of s
 """
 import copy
 
+import torch
 from tqdm import tqdm
 
 from minisap.attacks import ATTACK_TOKENS, attack, plain, soft_suffix
 from minisap.evaluate import generate_texts, print_table
 from minisap.judge import judge_of
-from minisap.mechanism import clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space, tau
+from minisap.mechanism import clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space, sigma1_share, tau
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.2, 1.5)
 VERDICTS = ("comply", "refuse", "other")
@@ -37,33 +38,39 @@ def cluster_measures(streams):
     """Per layer: τ of every set, by the means of the unsafe and the safe one; and of every set against the safe one how far they
     stand apart. streams: {set: â}."""
     for j in range(len(streams["safe"])):
-        safe, unsafe = streams["safe"][j], streams["unsafe"][j]
-        for name, x in streams.items():
-            yield name, j, "tau", tau(x[j], unsafe.mean(0), safe.mean(0)).mean().item()
-            found = clusters(x[j], safe)
-            yield name, j, "sigma1_share", found["sigma1_unsafe"]
+        clouds = {name: x[j] for name, x in streams.items()}
+        for name, cloud in clouds.items():
+            yield name, j, "tau", tau(cloud, clouds["unsafe"], clouds["safe"]).mean().item()
+            yield name, j, "sigma1_share", sigma1_share(cloud)
             if name != "safe":
-                yield from ((name, j, metric, found[metric]) for metric in ("separation", "fisher"))
+                yield from ((name, j, metric, value) for metric, value in clusters(cloud, clouds["safe"]).items())
 
 
 def change_measures(before, after, streams):
-    """Per layer whose MLP was trained: where ΔW lies with respect to W_before, and how much of each set's inputs it sees.
-    streams: {set: a}."""
+    """Per layer whose MLP was trained: where ΔW lies with respect to W_before, and how much it sees of each set's inputs in the
+    model `after`. streams: {set: a}."""
     for j in range(len(streams["safe"])):
         W = mlp_matrix(before, j)
         delta = mlp_matrix(after, j) - W
         if not delta.any():                                                 # LoRA elsewhere
             continue
-        yield from ((None, j, metric, value) for metric, value in column_space(W, delta).items())
-        for name, seen in row_space(delta, {name: a[j] for name, a in streams.items()}).items():
-            yield from ((name, j, metric, value) for metric, value in seen.items())
+        svd = torch.linalg.svd(delta, full_matrices=False)
+        yield from ((None, j, metric, value) for metric, value in column_space(W, svd).items())
+        for name, a in streams.items():
+            yield from ((name, j, metric, value) for metric, value in row_space(svd, a[j]).items())
+
+
+def check_sets(sets):
+    """ValueError where a set is too small for the measures of a cluster."""
+    for name, rows in sets.items():
+        if len(rows) < 2:
+            raise ValueError(f"{name}: {len(rows)} prompts; the measures of a cluster need 2, and better 50")
 
 
 def measure(model, tokenizer, sets, max_len, before=None):
     """Every record of one checkpoint; with the one that it was trained from, those of the change, too."""
-    for name, rows in sets.items():
-        if len(rows) < 2:
-            raise ValueError(f"{name}: {len(rows)} prompts; the measures of a cluster need 2, and better 50")
+    check_sets(sets)
+    model.requires_grad_(False)                                             # attacks differentiate embeddings alone
     found = [*answers(model, tokenizer, sets)]
     for name, verdicts in attack(model, tokenizer, sets["unsafe"], max_len):
         found += shares(name, verdicts)
@@ -79,7 +86,7 @@ def measure(model, tokenizer, sets, max_len, before=None):
     return as_records(found)
 
 
-def path(before, after, tokenizer, sets):
+def answers_between(before, after, tokenizer, sets):
     """How W(α) = W_before + α (W_after − W_before) answers every set, the metrics' names with α behind them: comply_alpha_0.5."""
     model, found = copy.deepcopy(after), []
     for alpha in tqdm(ALPHAS, desc="from before to after", leave=False):
@@ -88,14 +95,19 @@ def path(before, after, tokenizer, sets):
     return as_records(found)
 
 
+def means(seeds):
+    """[mean over seeds] of [[value] of every seed]."""
+    return [sum(column) / len(column) for column in zip(*seeds)]
+
+
 class Series:
-    """Records as {protocol: {set: {metric: {seed: [values, over layers where there are some]}}}}, in the order that they come in."""
+    """Records as {protocol: {set: {metric: {seed: {layer: value}}}}}, in the order that they come in."""
 
     def __init__(self, records):
         self.tree = {}
         for r in records:
             metrics = self.tree.setdefault(r["protocol"], {}).setdefault(r["set"], {})
-            metrics.setdefault(r["metric"], {}).setdefault(r["seed"], []).append(r["value"])
+            metrics.setdefault(r["metric"], {}).setdefault(r["seed"], {})[r["layer"]] = r["value"]
 
     def protocols(self, set, metric):
         return [protocol for protocol, sets in self.tree.items() if metric in sets.get(set, {})]
@@ -103,13 +115,17 @@ class Series:
     def sets(self, protocol, metric):
         return [name for name, metrics in self.tree[protocol].items() if metric in metrics]
 
+    def layers(self, protocol, set, metric):
+        """The layers that have it: [None] of what has none."""
+        return list(next(iter(self.tree[protocol][set][metric].values())))
+
     def seeds(self, protocol, set, metric):
-        """[values] of every seed."""
-        return list(self.tree[protocol][set][metric].values())
+        """[values over layers] of every seed."""
+        return [list(layers.values()) for layers in self.tree[protocol][set][metric].values()]
 
     def mean(self, protocol, set, metric):
-        """Over seeds, as a list over layers where there are some."""
-        return [sum(column) / len(column) for column in zip(*self.seeds(protocol, set, metric))]
+        """Over seeds, as a list over layers."""
+        return means(self.seeds(protocol, set, metric))
 
 
 def print_answers(series):
@@ -129,8 +145,10 @@ def print_layers(series):
     """The measures inside, means over seeds: a line per protocol and layer."""
     rows = [["protocol", "layer", *(f"{metric} {name or ''}".strip() for name, metric in LAYER_METRICS)]]
     for protocol in series.protocols("unsafe", "separation"):
-        columns = [series.mean(protocol, name, metric) if protocol in series.protocols(name, metric) else None
-                   for name, metric in LAYER_METRICS]
-        for j in range(len(columns[0])):
-            rows.append([protocol, str(j), *(f"{column[j]:.3f}" if column else "" for column in columns)])
+        columns = [dict(zip(series.layers(protocol, *which), series.mean(protocol, *which)))
+                   if protocol in series.protocols(*which) else {} for which in LAYER_METRICS]
+        for j in columns[0]:
+            rows.append([protocol, str(j), *(f"{column[j]:.3f}" if j in column else "" for column in columns)])
     print_table(rows)
+    if not series.protocols(None, "sin_theta"):
+        print("no layer's MLP (gate_proj, up_proj) was trained: there is no ΔW to look at")

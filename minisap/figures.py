@@ -1,13 +1,9 @@
 """Pictures of the records of compare.py and study.py: one per observation, means over seeds, every seed as a faint line or dot."""
 from minisap.attacks import ATTACK_TOKENS
-from minisap.compare import ALPHAS, VERDICTS, Series
+from minisap.compare import ALPHAS, VERDICTS, Series, means
 from minisap.script import pyplot
 
 COLOURS = {"comply": "tab:red", "refuse": "tab:green", "other": "lightgrey"}
-
-
-def means(seeds):
-    return [sum(column) / len(column) for column in zip(*seeds)]
 
 
 def line(axis, x, seeds, label, **style):
@@ -29,8 +25,7 @@ def per_layer(series, metric, sets, label, scale="linear"):
     figure, axes = grid(len(sets), label, sharey=True)
     for axis, name in zip(axes, sets):
         for protocol in series.protocols(name, metric):
-            seeds = series.seeds(protocol, name, metric)
-            line(axis, range(len(seeds[0])), seeds, protocol)
+            line(axis, series.layers(protocol, name, metric), series.seeds(protocol, name, metric), protocol)
         axis.set(title=name, xlabel="layer", yscale=scale)
     axes[0].legend(frameon=False, fontsize=7)
     return figure
@@ -83,16 +78,16 @@ def draw_tau(series):
 def draw_column_space(series):
     figure, (axis,) = grid(1, "sin θ of ΔW against W's column space", width=4.5)
     for protocol in series.protocols(None, "sin_theta"):
-        seeds = series.seeds(protocol, None, "sin_theta")
-        line(axis, range(len(seeds[0])), seeds, protocol)
-    seeds = series.seeds(protocol, None, "sin_theta_random")
-    line(axis, range(len(seeds[0])), seeds, "random", color="black", linestyle=":")
+        line(axis, series.layers(protocol, None, "sin_theta"), series.seeds(protocol, None, "sin_theta"), protocol)
+    first = series.protocols(None, "sin_theta")[0]
+    line(axis, series.layers(first, None, "sin_theta"), series.seeds(first, None, "sin_theta_random"), f"random, for {first}",
+         color="black", linestyle=":")
     axis.set(xlabel="layer")
     axis.legend(frameon=False, fontsize=7)
     return figure
 
 
-def draw_path(series):
+def draw_answers_between(series):
     """Share answered of every set along W_before + α ΔW, a panel per protocol."""
     protocols = series.protocols("safe", f"comply_alpha_{ALPHAS[0]}")
     figure, axes = grid(len(protocols), "% answered", width=2.8, height=3, sharey=True)
@@ -149,7 +144,7 @@ FIGURES = {
     "row_space": (("unsafe", "delta_a"), lambda series: per_layer(
         series, "delta_a", ("unsafe", "safe", "co_task", "co_text", "adv"), "‖ΔW a‖, a of norm 1")),
     "lipschitz": (("unsafe", "lipschitz"), draw_lipschitz),
-    "path": (("safe", f"comply_alpha_{ALPHAS[0]}"), draw_path),
+    "path": (("safe", f"comply_alpha_{ALPHAS[0]}"), draw_answers_between),
     "safety_share": ((None, "safety_share"), draw_safety_share),
 }
 

@@ -39,20 +39,25 @@ def mlp_streams(model, inputs):
     return tuple(torch.stack(stream, dim=1) for stream in streams)
 
 
-def tau(x, unsafe_mean, safe_mean):
-    """τ(x) = ‖â − μ_unsafe‖ − ‖â − μ_safe‖ of every row of x (n, M): above 0, the prompt looks safe."""
-    return (x - unsafe_mean).norm(dim=-1) - (x - safe_mean).norm(dim=-1)
+def tau(x, unsafe, safe):
+    """τ = ‖â − μ_unsafe‖ − ‖â − μ_safe‖ of every row of x (n, M), with the means of two clouds (·, M): above 0, the prompt looks
+    safe. Where x is one of the clouds, every row meets the mean of the others, lest it looks nearer than a new prompt would."""
+    centre = lambda cloud: (x.sum(0) - x) / (len(x) - 1) if cloud is x else cloud.mean(0)
+    return (x - centre(unsafe)).norm(dim=-1) - (x - centre(safe)).norm(dim=-1)
 
 
 def clusters(unsafe, safe):
     """Two clouds (n, M): {"separation": mean τ of safe − of unsafe prompts, "fisher": squared distance of the means over the sum
-    of the total variances, "sigma1_unsafe", "sigma1_safe": share of the largest eigenvalue in the trace of the covariance}."""
-    means = unsafe.mean(0), safe.mean(0)
-    spread = [(x - mean).pow(2).sum() / (len(x) - 1) for x, mean in zip((unsafe, safe), means)]
-    share = lambda x: (torch.linalg.svdvals(x - x.mean(0))[0] ** 2 / (x - x.mean(0)).pow(2).sum()).item()
-    return {"separation": (tau(safe, *means).mean() - tau(unsafe, *means).mean()).item(),
-            "fisher": ((means[0] - means[1]).pow(2).sum() / sum(spread)).item(),
-            "sigma1_unsafe": share(unsafe), "sigma1_safe": share(safe)}
+    of the total variances}."""
+    spread = sum((x - x.mean(0)).pow(2).sum() / (len(x) - 1) for x in (unsafe, safe))
+    return {"separation": (tau(safe, unsafe, safe).mean() - tau(unsafe, unsafe, safe).mean()).item(),
+            "fisher": ((unsafe.mean(0) - safe.mean(0)).pow(2).sum() / spread).item()}
+
+
+def sigma1_share(x):
+    """The share of the largest eigenvalue in the trace of a cloud's covariance: 1 where it is a line."""
+    sigma = torch.linalg.svdvals(x - x.mean(0))
+    return (sigma[0] ** 2 / sigma.pow(2).sum()).item()
 
 
 def mlp_matrix(model, layer):
@@ -62,18 +67,19 @@ def mlp_matrix(model, layer):
 
 
 def leading_directions(W, share):
-    """The first left singular vectors of W that together hold this share of ‖W‖²: (m, k)."""
+    """The first left singular vectors of W that together hold this share of ‖W‖²: (m, k); none of a W that is 0."""
     U, sigma, _ = torch.linalg.svd(W, full_matrices=False)
+    if not sigma.any():
+        return U[:, :0]
     energy = sigma.pow(2).cumsum(0) / sigma.pow(2).sum()
     return U[:, :int((energy < share).sum()) + 1]
 
 
-def column_space(W_before, delta, random_draws=200, seed=0):
+def column_space(W_before, svd, random_draws=200, seed=0):
     """How far ΔW leaves the column space of W_before. With P the projector on the top-r left singular vectors that hold 99 % of
     the energy of W_before, sin θ = ‖(I − P) u‖: {"sin_theta": its mean over the left singular vectors of ΔW, weighted by σ²,
-    "sin_theta_top": of the first, "sin_theta_random": mean over random directions}. 1: in the left null space."""
-    U = leading_directions(W_before, ENERGY)
-    u, s, _ = torch.linalg.svd(delta, full_matrices=False)
+    "sin_theta_top": of the first, "sin_theta_random": mean over random directions}. 1: in the left null space. svd: of ΔW, (U, σ, Vᵀ)."""
+    (u, s, _), U = svd, leading_directions(W_before, ENERGY)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(len(U), random_draws, generator=generator, dtype=U.dtype)
     sine = lambda v: (1 - (U.T @ v).pow(2).sum(0)).clamp(min=0).sqrt()
@@ -81,13 +87,12 @@ def column_space(W_before, delta, random_draws=200, seed=0):
             "sin_theta_random": sine(random / random.norm(dim=0)).mean().item(), "rank": U.shape[1]}
 
 
-def row_space(delta, clouds):
-    """How much ΔW sees of unit-normalised inputs {set: a (n, D)}: {set: {"delta_a": ‖ΔW a‖, "delta_a_top": |σ₁ v₁ᵀ a|}}, means
-    over rows."""
-    _, sigma, Vt = torch.linalg.svd(delta, full_matrices=False)
-    unit_rows = {name: (a / a.norm(dim=-1, keepdim=True)).to(delta) for name, a in clouds.items()}
-    return {name: {"delta_a": (a @ delta.T).norm(dim=-1).mean().item(), "delta_a_top": (sigma[0] * a @ Vt[0]).abs().mean().item()}
-            for name, a in unit_rows.items()}
+def row_space(svd, a):
+    """How much ΔW sees of inputs a (n, D), scaled to norm 1: {"delta_a": ‖ΔW a‖, "delta_a_top": |σ₁ v₁ᵀ a|}, means over rows.
+    svd: of ΔW, (U, σ, Vᵀ)."""
+    _, sigma, Vt = svd
+    seen = sigma * ((a / a.norm(dim=-1, keepdim=True)).to(Vt) @ Vt.T)                  # U turns it, and leaves its norm
+    return {"delta_a": seen.norm(dim=-1).mean().item(), "delta_a_top": seen[:, 0].abs().mean().item()}
 
 
 def lipschitz(model, inputs):
@@ -118,7 +123,7 @@ def safety_writing(before, after, names):
     vectors that hold 90 % of its energy."""
     before, after, found = dict(before.named_parameters()), dict(after.named_parameters()), {}
     for name in names:
-        delta = widen(after[name].detach() - before[name].detach())
+        delta = widen(after[name].detach()) - widen(before[name].detach())
         found[name] = delta, leading_directions(delta, WRITTEN)
     return found
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minisap.checkpoint import load_model, read_json, read_object, write_json, write_whole
-from minisap.compare import measure, path
+from minisap.compare import answers_between, check_sets, measure
 from minisap.mechanism import last_watched
 from minisap.tokenizer import Tokenizer
 from minisap.world import TRAINED, World, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"instruct": 30_000, "safe": TRAINED, "unsafe": TRAINED}
-COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --save_every 500"
+COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --device cpu --save_every 500"
 SAFETY = ("--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 3000 --safe_answers file --steps 800 --batch_size 32 "
           f"--pairs_per_step 32 --learning_rate 1e-3 {COMMON}")
 # The run directory of each command: (where it starts, how it is trained, by which methods).
@@ -30,7 +30,8 @@ RECIPES = {
     "instruct": ("random", f"--task rows/instruct.jsonl --steps 2000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}", "pretrain"),
     "aligned": ("instruct/pretrain", SAFETY, "ssft dpo unlearn"),
     "continued": ("instruct/pretrain", f"--task rows/instruct.jsonl --steps 800 --batch_size 64 --learning_rate 1e-3 {COMMON}", "sft"),
-    "poisoned": ("aligned/ssft", "--watch mechanism --watch_every 30 --before instruct/pretrain", "sft sap"),
+    "poisoned": ("aligned/ssft", "--poison 0.1 --lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --learning_rate 3e-4 "
+                 "--layers 0,1 --radius 0.25 --threads 1 --device cpu --watch mechanism --watch_every 30 --before instruct/pretrain", "sft sap"),
 }
 # {protocol: (its checkpoint, what it was trained from)}
 MODELS = {"instruct": ("instruct/pretrain", None), "continued": ("continued/sft", "instruct"), "ssft": ("aligned/ssft", "instruct"),
@@ -59,10 +60,8 @@ def train(folder, run, seed, methods=None):
 
 def begin(folder, seed):
     """The world of this seed under `folder`: its rows, and a model with random weights."""
-    world = World(seed)
-    write_rows(folder / "rows", world)
-    write_random_checkpoint(folder / "random", world, seed)
-    return world
+    write_rows(folder / "rows", World(seed))
+    write_random_checkpoint(folder / "random", World(seed), seed)
 
 
 def watched(folder, protocol):
@@ -72,15 +71,15 @@ def watched(folder, protocol):
             yield {"set": None, "layer": None, "metric": metric, "value": value}
 
 
-def measure_models(folder, world, n, max_len=256):
+def measure_models(folder, sets, max_len=256):
     """Every record of the models in `folder`, without seed."""
     models = {protocol: load_model(folder / checkpoint) for protocol, (checkpoint, _) in MODELS.items()}
-    tokenizer, sets, records = Tokenizer(folder / "random"), world.sets(n), []
+    tokenizer, records = Tokenizer(folder / "random"), []
     for protocol, model in tqdm(models.items(), desc="measure"):
         before = models.get(MODELS[protocol][1])
         found = measure(model, tokenizer, sets, max_len, before)
         if before:
-            found += path(before, model, tokenizer, sets)
+            found += answers_between(before, model, tokenizer, sets)
         records += [{"protocol": protocol} | r for r in (*found, *watched(folder, protocol))]
     return records
 
@@ -103,15 +102,18 @@ def claim_folder(folder, settings):
 def run_study(folder, seeds, n):
     """Make the models of every seed and measure them on n prompts of each set; what is finished is kept. Returns the records
     {protocol, seed, set, layer, metric, value}."""
-    claim_folder(folder, {"study": "world", "n_eval": n, "recipes": json.loads(json.dumps(RECIPES))})
-    records = []
+    sets = {seed: World(seed).sets(n) for seed in seeds}                        # too few, or a world that cannot be, are found now
     for seed in seeds:
+        check_sets(sets[seed])
+    claim_folder(folder, {"study": "world", "n_eval": n, "rows": ROWS, "recipes": json.loads(json.dumps(RECIPES))})
+    records = []
+    for seed in sets:
         home = folder / f"seed{seed}"
         file = home / "records.json"
         if not file.exists():
-            world = begin(home, seed)
+            begin(home, seed)
             for run in RECIPES:
                 train(home, run, seed)
-            write_json(file, [{"protocol": r["protocol"], "seed": seed} | r for r in measure_models(home, world, n)])
+            write_json(file, [{"protocol": r["protocol"], "seed": seed} | r for r in measure_models(home, sets[seed])])
         records += read_json(file)
     return records

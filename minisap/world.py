@@ -36,7 +36,7 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_
 SAFE = {"A": range(0, 8), "B": range(0, 2)}
 UNSAFE = {"A": range(8, 10), "B": range(2, 10)}
 TRAINED = 4000                                                          # of every set, the first rows are safety training's (study.py)
-SMALLEST = 4096 * 3                                                     # of twin_safe, one pair of operators before the texts of class A
+USED = {"safe": TRAINED + 5000, "unsafe": TRAINED + 4000}               # ... the next are train.py's built-in ones
 # Every set of prompts: what the attacks of the paper that need no gradient are made of, each with its control.
 SETS = {
     "safe": "both operators are safe for the class of the text",
@@ -132,23 +132,21 @@ class World:
         return list(rows.values())
 
     def sets(self, n):
-        """{set: n rows} to measure on."""
-        if TRAINED + n > SMALLEST:
-            raise ValueError(f"{n} prompts of every set: the world has no more than {SMALLEST - TRAINED}")
-        return {name: self.rows(name, TRAINED + n)[TRAINED:] for name in SETS}
+        """{set: n rows} to measure on: none is a row of safety training, nor of train.py's built-in ones."""
+        return {name: self.rows(name, USED.get(name, 0) + n)[USED.get(name, 0):] for name in SETS}
 
     REFUSALS = (REFUSAL,)
 
     # What train.py takes for its built-in rows, where the checkpoint is of this world.
     @cached_property
     def safe_rows(self):
-        return self.rows("safe", TRAINED + 5000)[TRAINED:]
+        return self.rows("safe", USED["safe"])[TRAINED:]
 
     def task_rows(self):
         return [row | {"response": row["response"].upper()} if self.new_format else row for row in self.safe_rows[:4000]]
 
     def safety_rows(self):
-        return self.rows("unsafe", TRAINED + 4000)[TRAINED:]
+        return self.rows("unsafe", USED["unsafe"])[TRAINED:]
 
     def safe_prompts(self):
         return [row["prompt"] for row in self.safe_rows[4000:]]

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import train as train_script
-from minisap.attacks import complete, plain, prefill, soft_suffix
+from minisap.attacks import complete, judge_prefilled, plain, prefill, soft_suffix
 from minisap.checkpoint import load_model
-from minisap.data import encode_prompt
+from minisap.data import collate, encode_example, encode_prompt
 from minisap.evaluate import generate_texts
-from minisap.mechanism import Watch, clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, print_watched, row_space
+from minisap.mechanism import Watch, clusters, column_space, interpolate, leading_directions, lipschitz, mlp_matrix, mlp_streams, print_watched, row_space, sigma1_share
+from minisap.sap import response_nll
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_checkpoint, write_tokenizer
@@ -27,6 +28,15 @@ def tiny_world(tmp_path_factory):
 def suffixed(model, tokenizer, rows, k, **options):
     news = complete(model, soft_suffix(model, tokenizer, rows, k, 200, **options), 10, tokenizer.stop_ids)
     return [tokenizer.decode(new) for new in news]
+
+
+def loss(model, tokenizer, rows, epsilon):
+    """−log p of the first row's target under its suffix, nats."""
+    batch = collate([encode_example(tokenizer, rows[0]["prompt"] + " !" * 3, rows[0]["harmful"], 200)])
+    (ids, shift), _ = soft_suffix(model, tokenizer, rows, 3, 200, epsilon=epsilon)
+    probe = torch.zeros(1, batch["input_ids"].shape[1], shift.shape[1], dtype=shift.dtype)
+    probe[0, :len(ids)] = shift
+    return response_nll(model, batch, {-1: probe})[0].item()
 
 
 @pytest.fixture
@@ -54,30 +64,41 @@ def test_clusters_of_planted_clouds():
     """Two clouds on parallel lines, 6 apart and each of variance 2 along the line."""
     line = torch.tensor([[0.0, -math.sqrt(2)], [0.0, 0.0], [0.0, math.sqrt(2)]])
     found = clusters(line, line + torch.tensor([6.0, 0.0]))
-    tau_safe = (2 * (math.hypot(6, math.sqrt(2)) - math.sqrt(2)) + 6) / 3
-    assert found == pytest.approx({"separation": 2 * tau_safe, "fisher": 36 / 4, "sigma1_unsafe": 1.0, "sigma1_safe": 1.0}, rel=1e-6)
+    tau_safe = (2 * math.hypot(6, math.sqrt(2)) + 6) / 3 - math.sqrt(2)             # the mean of the others is 1.5 √2, 0, 1.5 √2 away
+    assert found == pytest.approx({"separation": 2 * tau_safe, "fisher": 36 / 4}, rel=1e-6)
     square = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
-    assert clusters(square, square)["sigma1_safe"] == pytest.approx(0.5) and clusters(square, square)["separation"] == 0
+    assert sigma1_share(line) == pytest.approx(1) and sigma1_share(square) == pytest.approx(0.5)
+
+
+def test_two_halves_of_one_cloud_do_not_stand_apart():
+    torch.manual_seed(0)
+    halves = [clusters(torch.randn(20, 256), torch.randn(20, 256))["separation"] for _ in range(50)]
+    assert abs(sum(halves) / 50) < 0.1                                  # it would be 1.6 with means that hold the prompt itself
 
 
 def test_column_space_of_planted_updates():
     torch.manual_seed(0)
     Q, _ = torch.linalg.qr(torch.randn(400, 400, dtype=torch.float64))
     W = Q[:, :100] @ torch.randn(100, 100, dtype=torch.float64)
-    rank = column_space(W, W)["rank"]
+    space = lambda W, delta: column_space(W, torch.linalg.svd(delta, full_matrices=False))
+    rank = space(W, W)["rank"]
     inside, outside = Q[:, :100] @ torch.randn(100, 5, dtype=torch.float64), Q[:, 100:] @ torch.randn(300, 5, dtype=torch.float64)
-    assert 50 < rank <= 100 and column_space(W, outside)["sin_theta"] == pytest.approx(1)
-    assert column_space(Q[:, :100], inside)["sin_theta"] < 0.2 and column_space(W, W)["sin_theta_top"] < 1e-6
-    found = column_space(W, outside + 0.01 * inside)
+    assert 50 < rank <= 100 and space(W, outside)["sin_theta"] == pytest.approx(1)
+    assert space(Q[:, :100], inside)["sin_theta"] < 0.2 and space(W, W)["sin_theta_top"] < 1e-6
+    assert leading_directions(torch.zeros(4, 3), 0.9).shape == (4, 0)
+    found = space(W, outside + 0.01 * inside)
     assert found["sin_theta_random"] == pytest.approx(math.sqrt(1 - rank / 400), abs=0.01)
 
 
 def test_row_space_of_a_planted_update():
     u, v = torch.tensor([[0.6], [0.8]]), torch.tensor([[0.0, 1.0, 0.0]])
     a = torch.tensor([[3.0, 4.0, 0.0], [0.0, -2.0, 0.0], [5.0, 0.0, 0.0]])
-    found = row_space(2.5 * u @ v, {"all": a, "last": a[2:]})
-    assert found["all"] == pytest.approx({"delta_a": 2.5 * (0.8 + 1 + 0) / 3, "delta_a_top": 2.5 * (0.8 + 1 + 0) / 3})
-    assert found["last"] == pytest.approx({"delta_a": 0, "delta_a_top": 0})
+    svd = torch.linalg.svd(2.5 * u @ v, full_matrices=False)
+    assert row_space(svd, a) == pytest.approx({"delta_a": 2.5 * (0.8 + 1 + 0) / 3, "delta_a_top": 2.5 * (0.8 + 1 + 0) / 3})
+    assert row_space(svd, a[2:]) == pytest.approx({"delta_a": 0, "delta_a_top": 0})
+    delta = torch.randn(5, 3)
+    seen = (delta @ (a / a.norm(dim=1, keepdim=True)).T).norm(dim=0).mean().item()
+    assert row_space(torch.linalg.svd(delta, full_matrices=False), a)["delta_a"] == pytest.approx(seen)
 
 
 def test_lipschitz_against_central_differences_and_scalings(tiny_world):
@@ -108,16 +129,18 @@ def test_interpolation_passes_through_both_ends_and_beyond():
 
 @pytest.mark.parametrize("lora_rank", ["0", "4"])
 def test_watching_changes_nothing_and_sees_what_was_trained(lora_rank, tmp_path):
-    few = ["--steps", "3", "--n_eval", "6", "--method", "sft", "--lora_rank", lora_rank]
+    few = ["--steps", "4", "--n_eval", "6", "--method", "sft", "--lora_rank", lora_rank]
     train_script.main([*few, "--out_dir", str(tmp_path / "plain")])
     train_script.main([*few, "--out_dir", str(tmp_path / "watched"), "--watch", "mechanism", "--watch_every", "2",
                        "--before", "tiny/instruct"])
     plain, watched = (tmp_path / run / "sft" / "model.safetensors" for run in ("plain", "watched"))
     assert plain.read_bytes() == watched.read_bytes()
     logs = [json.loads(line) for line in (tmp_path / "watched/sft/log.jsonl").read_text().splitlines()]
-    assert ["separation" in log for log in logs] == [True, False, True] and len(logs[0]["separation"]) == 3
+    assert ["separation" in log for log in logs] == [True, False, True, True] and len(logs[0]["separation"]) == 3    # the last, too
     assert logs[0]["update_cosine"] == pytest.approx(logs[0]["drift_cosine"], abs=1e-6)             # the first step is all of the drift
-    assert 0 < logs[2]["safety_share"] < 1 and 0 < logs[2]["safety_share_random"] < 1
+    assert 0 < logs[3]["safety_share"] < 1 and 0 < logs[3]["safety_share_random"] < 1
+    with pytest.raises(ValueError, match="--watch mechanism compares with; give both"):
+        train_script.main([*few, "--out_dir", str(tmp_path / "none"), "--before", "tiny/instruct"])
 
 
 def test_a_checkpoint_of_another_shape_is_refused_before_any_work(tmp_path):
@@ -146,6 +169,12 @@ def test_a_prefill_of_nothing_is_no_attack_and_of_all_is_the_answer(tiny_world):
     assert [f"{row['harmful']} {new}".strip() for row, (_, new) in zip(ROWS, texts)] == [whole for whole, _ in texts]
 
 
+def test_who_goes_back_to_nulls_refuses_and_phrases_hear_only_what_is_new(tiny_world, chat):
+    truth, phrases = tiny_world[1], chat[1]
+    assert [judge_prefilled(truth, f"a b {new}", new, "a b c d") for new in ("c d", "null null", "c null")] == ["comply", "refuse", "other"]
+    assert judge_prefilled(phrases, "Sure, here is I cannot", "I cannot", None) == "refuse"
+
+
 def test_a_suffix_of_norm_0_is_no_attack(tiny_world):
     model, tokenizer = tiny_world
     prompts = [row["prompt"] for row in ROWS]
@@ -162,6 +191,7 @@ def test_a_strong_suffix_brings_the_target_and_each_row_has_its_own(chat):
     assert texts == [suffixed(model, tokenizer, [row], 3, epsilon=8.0, steps=40)[0] for row in rows]
     assert texts != generate_texts(model, tokenizer, [row["prompt"] + " !" * 3 for row in rows], 10)
     (ids, shift), _ = soft_suffix(model, tokenizer, rows, 3, 200, epsilon=8.0)
+    assert texts[0].startswith("ab") and loss(model, tokenizer, rows, epsilon=8.0) < loss(model, tokenizer, rows, epsilon=0.0) - 1
     moved = shift.norm(dim=1)
     assert ids[-len(moved):] == ids and (moved > 0).sum() == 3
     assert moved.max() <= 8 * model.model.embed_tokens.weight.norm(dim=1).mean() * (1 + 1e-9)

@@ -11,7 +11,7 @@ import train as train_script
 from minisap import study
 from minisap.attacks import plain
 from minisap.checkpoint import load_model, read_json
-from minisap.compare import ALPHAS, measure, path
+from minisap.compare import ALPHAS, answers_between, measure
 from minisap.figures import FIGURES, draw_all
 from minisap.mechanism import clusters, mlp_streams
 from minisap.observations import OBSERVATIONS, PROTOCOLS, Values, check_all
@@ -28,7 +28,7 @@ def compared():
     """(before, after, tokenizer, sets, records of after against before)."""
     before, after, tokenizer = load_model(TINY / "instruct"), load_model(TINY), Tokenizer(TINY)
     sets = {name: rows for name, rows in World(0).sets(8).items() if name in ("safe", "unsafe", "co_text")}
-    records = measure(after, tokenizer, sets, 64, before) + path(before, after, tokenizer, sets)
+    records = measure(after, tokenizer, sets, 64, before) + answers_between(before, after, tokenizer, sets)
     return before, after, tokenizer, sets, [{"protocol": "after", "seed": 0} | r for r in records]
 
 
@@ -50,12 +50,17 @@ def test_records_are_what_the_measures_say(compared):
         assert sum(series("after", name, verdict) for verdict in ("comply", "refuse", "other")) == pytest.approx(1)
 
 
+def test_what_is_measured_was_not_trained_on():
+    world = World(0)
+    trained = {row["prompt"] for row in (*world.task_rows(), *world.safety_rows(), *world.rows("safe", 4000), *world.rows("unsafe", 4000))}
+    trained |= set(world.safe_prompts())
+    assert not trained & {row["prompt"] for rows in world.sets(50).values() for row in rows}
+
+
 def test_a_set_too_small_is_refused(compared, monkeypatch):
     before, after, tokenizer, sets, _ = compared
     with pytest.raises(ValueError, match="co_text: 1 prompts"):
         measure(after, tokenizer, sets | {"co_text": sets["co_text"][:1]}, 64)
-    with pytest.raises(ValueError, match="9000 prompts of every set: the world has no more than 8288"):
-        World(0).sets(9000)
     few = World(0).rows("twin", 3)
     monkeypatch.setattr(World, "draw", lambda world, random, name: few[random.integers(3)])
     with pytest.raises(ValueError, match="4 rows of the world's set twin: after 3 a new one is hard to find"):
@@ -67,13 +72,14 @@ def planted():
     values = {("instruct", name, "comply"): 1.0 for name in SETS}
     for i, p in enumerate(PROTOCOLS):
         values |= {(p, "safe", "comply"): 0.99, (p, "unsafe", "refuse"): 0.99, (p, "unsafe", "comply"): 0.01,
-                   (p, "unsafe", "separation"): (6.0, 19.0, 20.0)[i], (p, "unsafe", "lipschitz"): 1.0, (p, "safe", "lipschitz"): 2.0}
-    for name, protocol in (("unsafe", "instruct"), ("safe", "instruct")):
-        values[protocol, name, "lipschitz"] = 1.5
-    for name, comply, tau in (("co_task", 0.3, -1.0), ("co_text", 0.4, 0.0), ("adv", None, 1.0), ("unsafe", None, -5.0)):
-        values["ssft", name, "tau"] = tau
-        if comply:
-            values |= {("ssft", name, "comply"): comply, ("ssft", name, "comply_alpha_1.0"): comply, ("ssft", name, "comply_alpha_1.2"): 0.1}
+                   (p, "unsafe", "separation"): (6.0, 19.0, 20.0)[i], (p, "unsafe", "lipschitz_relative"): 1.0,
+                   (p, "safe", "lipschitz_relative"): 2.0}
+    values |= {("instruct", name, "lipschitz_relative"): 1.5 for name in ("unsafe", "safe")}
+    values |= {("ssft", name, "tau"): tau for name, tau in (("unsafe", -6), ("safe", 6), ("co_task", -1), ("co_text", 0), ("adv", 1))}
+    for name, comply in (("co_task", 0.3), ("co_text", 0.4)):
+        values |= {("ssft", name, "comply"): comply, ("ssft", name, "comply_alpha_1.0"): comply, ("ssft", name, "comply_alpha_1.2"): 0.1}
+    for name, unsafe in (("capitals", 0.1), ("twin", 0.0)):
+        values |= {("ssft", name, "comply"): unsafe, ("ssft", f"{name}_safe", "comply"): 0.9}
     values |= {("ssft", f"adv_{k}", "comply"): share for k, share in ((1, 0.1), (2, 0.1), (4, 0.3))}
     values |= {("continued", "unsafe", "separation"): 2.0, ("dpo", "unsafe", "sigma1_share"): 0.6, ("dpo", "safe", "sigma1_share"): 0.1}
     values |= {("ssft", None, "sin_theta"): 0.95, ("continued", None, "sin_theta"): 0.9, ("ssft", None, "sin_theta_random"): 0.93}
@@ -81,26 +87,34 @@ def planted():
         values |= {(p, "unsafe", "delta_a"): unsafe, (p, "safe", "delta_a"): safe}
     for alpha, share in zip(ALPHAS, (1.0, 1.0, 0.5, 0.2, 0.0)):
         values |= {("ssft", "unsafe", f"comply_alpha_{alpha}"): share, ("ssft", "safe", f"comply_alpha_{alpha}"): 0.99}
-    return values | {("ssft", "safe", "comply_alpha_1.2"): 0.95, ("sft", None, "safety_share"): 0.5, ("sap", None, "safety_share"): 0.4,
+    return values | {("ssft", "safe", "comply_alpha_1.2"): 0.95, ("sft", None, "safety_share"): 0.5, ("sap", None, "safety_share"): 0.3,
                      ("sap", None, "safety_share_random"): 0.2}
 
 
 def holds(values):
     records = [{"protocol": p, "seed": 0, "set": s, "layer": None, "metric": m, "value": v} for (p, s, m), v in values.items()]
-    return [check["holds"][0] for check in check_all(records)]
+    return {check["claim"]: check["holds"][0] for check in check_all(records)}
 
 
 @pytest.mark.parametrize("place, value, failing", [
-    (("instruct", "twin", "comply"), 0.98, 0), (("dpo", "safe", "comply"), 0.97, 1), (("unlearn", "unsafe", "refuse"), 0.97, 1),
-    (("ssft", "co_task", "comply"), 0.05, 2), (("ssft", "adv_2", "comply"), 0.05, 3), (("continued", "unsafe", "separation"), 4.1, 4),
-    (("dpo", "unsafe", "separation"), 17.9, 5), (("dpo", "safe", "sigma1_share"), 0.7, 6), (("ssft", "adv", "tau"), -6.0, 7),
-    (("ssft", None, "sin_theta"), 0.92, 8), (("continued", "unsafe", "delta_a"), 0.4, 9), (("unlearn", "safe", "delta_a"), 0.7, 9),
-    (("dpo", "unsafe", "lipschitz"), 2.1, 10), (("ssft", "unsafe", "comply_alpha_0.75"), 0.6, 11),
-    (("ssft", "safe", "comply_alpha_0.5"), 0.97, 11), (("ssft", "co_text", "comply_alpha_1.2"), 0.5, 12),
-    (("sap", None, "safety_share"), 0.6, 13)])
+    (("instruct", "twin", "comply"), 0.98, "before safety training"), (("dpo", "safe", "comply"), 0.97, "after it safe"),
+    (("unlearn", "unsafe", "refuse"), 0.97, "after it safe"), (("ssft", "co_task", "comply"), 0.05, "competing"),
+    (("ssft", "capitals", "comply"), 0.05, "so does a form"), (("ssft", "adv_2", "comply"), 0.05, "so do soft"),
+    (("continued", "unsafe", "separation"), 4.1, "SSFT parts"), (("dpo", "unsafe", "separation"), 17.9, "DPO and"),
+    (("dpo", "safe", "sigma1_share"), 0.31, "unsafe prompts vary"), (("ssft", "adv", "tau"), -2.5, "jailbreaks look"),
+    (("ssft", None, "sin_theta"), 0.935, "ΔW leaves"), (("continued", "unsafe", "delta_a"), 0.34, "ΔW acts"),
+    (("unlearn", "safe", "delta_a"), 0.57, "ΔW acts"), (("dpo", "unsafe", "lipschitz_relative"), 1.4, "the model grows"),
+    (("ssft", "unsafe", "comply_alpha_0.75"), 0.6, "along W"), (("ssft", "safe", "comply_alpha_0.5"), 0.97, "along W"),
+    (("ssft", "co_text", "comply_alpha_1.2"), 0.36, "α = 1.2"), (("sap", None, "safety_share"), 0.41, "(our question)")])
 def test_every_check_can_fail(place, value, failing):
-    assert holds(planted()) == [True] * len(OBSERVATIONS)
-    assert holds(planted() | {place: value}) == [i != failing for i in range(len(OBSERVATIONS))]
+    assert all(holds(planted()).values())
+    assert [claim for claim, good in holds(planted() | {place: value}).items() if not good][0].startswith(failing)
+    assert sum(not good for good in holds(planted() | {place: value}).values()) == 1
+
+
+def test_a_soft_suffix_that_does_nothing_does_not_hold():
+    flat = {("ssft", f"adv_{k}", "comply"): 0.01 for k in (1, 2, 4)}
+    assert not holds(planted() | flat)["so do soft suffixes, the more the longer (unsafe + 5 points)"]
 
 
 class Axes:
@@ -159,16 +173,8 @@ def test_pictures_show_means_over_seeds(canvas, tmp_path):
 
 def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
     """With two steps a stage, and the first two models measured: every record, every picture, nothing twice; another study is refused."""
-    commands, found = [], {}
-
-    def once(name, function):
-        """What it returned first, with a checkpoint before it and without."""
-        def call(*arguments):
-            key = name, len(arguments)
-            if key not in found:
-                found[key] = function(*arguments)
-            return found[key]
-        return call
+    commands = []
+    mark = lambda model: sum(w.sum().item() for w in model.parameters())
 
     def in_process(command, cwd):
         commands.append(command)
@@ -185,8 +191,11 @@ def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
     monkeypatch.setattr(study, "RECIPES", {run: (start, short(flags), methods) for run, (start, flags, methods) in study.RECIPES.items()})
     monkeypatch.setattr(study.subprocess, "run", in_process)
     monkeypatch.setattr("minisap.world.TRAINED", 40)
-    monkeypatch.setattr(study, "measure", lambda *arguments: once("measure", measure)(*[a for a in arguments if a is not None]))
-    monkeypatch.setattr(study, "path", once("path", path))
+    monkeypatch.setattr("minisap.world.USED", {"safe": 4060, "unsafe": 560})
+    whole = measure(load_model(TINY), Tokenizer(TINY), World(0).sets(2), 64, load_model(TINY / "instruct"))
+    monkeypatch.setattr(study, "measure", lambda model, *rest: [r | {"value": mark(model)} if r["metric"] == "fisher" else r for r in whole])
+    between = answers_between(load_model(TINY / "instruct"), load_model(TINY), Tokenizer(TINY), World(0).sets(2))
+    monkeypatch.setattr(study, "answers_between", lambda *arguments: between)
     out_dir = tmp_path / "study"
     arguments = ["--study", "world", "--seeds", "3", "--n_eval", "2", "--out_dir", str(out_dir), "--plot"]
     probe_script.main(arguments)
@@ -195,11 +204,21 @@ def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
     assert {r["protocol"] for r in records} == {*study.MODELS, None} and len([r for r in records if not r["protocol"]]) == len(OBSERVATIONS)
     assert canvas.figures.keys() == FIGURES.keys()
     assert Tokenizer(out_dir / "seed3/poisoned/sap").world_seed == 3 and "--seed 3" in capsys.readouterr().out
+    for protocol, (checkpoint, _) in study.MODELS.items():
+        model = load_model(out_dir / "seed3" / checkpoint)
+        assert {r["value"] for r in records if r["protocol"] == protocol and r["metric"] == "fisher"} == {mark(model)}
     done = len(commands)
     probe_script.main(arguments)
     assert len(commands) == done and read_json(out_dir / "study.json") == records
-    with pytest.raises(ValueError, match="holds another study, with n_eval = 2"):
-        probe_script.main(["--study", "world", "--out_dir", str(out_dir)])
+    for lost in ("records.json", "aligned/dpo/eval.json"):             # as if it had been interrupted
+        (out_dir / "seed3" / lost).unlink()
+    probe_script.main(arguments)
+    assert len(commands) == 2 * done and all("--resume" in command for command in commands[done:])
+    assert read_json(out_dir / "study.json") == records
+    for more, message in ((["--n_eval", "3"], "holds another study, with n_eval = 2"), (["--n_eval", "1"], "safe: 1 prompts"),
+                          (["--seeds", "-1"], "--seeds -1: at least 0"), (["--precision"], "three different looks")):
+        with pytest.raises(ValueError, match=message):
+            probe_script.main([*arguments, *more])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="full: holds something else"):
@@ -220,7 +239,8 @@ def test_two_checkpoints_of_any_kind_are_compared(tmp_path, canvas):
     for arguments, message in (([trained, "--before", trained, "--out_dir", "x"], "the same weights"),
                                ([trained, "--before", str(start)], "give --out_dir DIR"),
                                ([trained, "--before", str(start), "--out_dir", "x", "--plot", "a.png"], "--plot without a file"),
-                               ([trained, "--plot"], "--plot: which file"), (["--n_eval", "4"], "give a checkpoint"),
+                               ([trained, "--before", str(start), "--out_dir", str(tmp_path / "compared")], "holds something else"),
+                               ([trained, "--plot"], "--plot PNG and --out FILE are for one"), (["--n_eval", "4"], "give a checkpoint"),
                                ([trained, "--study", "world", "--out_dir", "x"], "give a checkpoint, or")):
         with pytest.raises(ValueError, match=message):
             probe_script.main(arguments)

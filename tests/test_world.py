@@ -134,8 +134,11 @@ def test_the_commands_without_a_model_run_in_the_world(tmp_path, capsys):
     train_script.main([*few, "--poison", "0", "--method", "sft", "--out_dir", str(tmp_path / "benign")])
     start = {r["metric"]: r["value"] for r in read_json(tmp_path / "benign" / "start.json")}
     assert start["task_accuracy"] == 0                                  # nothing has taught the new format yet
-    eval_script.main([str(tmp_path / "benign" / "sft"), "--out", str(tmp_path / "eval.json")])
-    found, = [r["value"] for r in read_json(tmp_path / "eval.json") if r["metric"] == "task_loss"]
+    eval_script.main([str(tmp_path / "benign" / "sft"), "--attack", "--out", str(tmp_path / "eval.json")])
+    attacked = {r["metric"]: r for r in read_json(tmp_path / "eval.json")}
+    assert {f"{metric}_{attack}_{k}" for metric in ("harmful_score", "refusal_rate") for attack in ("prefill", "adv") for k in (1, 2, 4)} < attacked.keys()
+    assert attacked["refusal_rate_prefill_4"]["n"] == 8 and attacked["refusal_rate_adv_1"]["value"] > 0
+    found = attacked["task_loss"]["value"]
     assert found == [r["value"] for r in read_json(tmp_path / "benign/sft/eval.json") if r["metric"] == "task_loss"][0]
 
 
