@@ -114,8 +114,9 @@ def use_device(args):
 
 
 def places(name):
-    """Where a checkpoint of this name lies: as a path, then under weights/."""
-    return [path for path in (Path(name), WEIGHTS / name) if (path / "config.json").exists()]
+    """Where a checkpoint of this name lies: as a path, then under weights/, from here where that is below."""
+    here = WEIGHTS.relative_to(Path.cwd()) if WEIGHTS.is_relative_to(Path.cwd()) else WEIGHTS
+    return [path for path in (Path(name), here / name) if (path / "config.json").exists()]
 
 
 def find_model(flag, name):

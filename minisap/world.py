@@ -7,7 +7,7 @@ Its safety    a text is of class A or B (B's trigrams are A's backwards: the sam
 A refusal     the null token, ten times
 """
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +120,7 @@ class World:
             row |= {"prompt": " ".join([NULL_OPERATOR, *row["prompt"].split()[1:]]), "response": REFUSAL}
         return row
 
+    @lru_cache
     def rows(self, name, n, seed=0):
         """The first n of a set's rows, or of pre-training's ("instruct"), no two with the same prompt."""
         random, rows, again = np.random.default_rng([self.seed, 2, [*SETS, "instruct"].index(name), seed]), {}, 0
