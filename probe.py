@@ -27,6 +27,9 @@ from minisap.world import World
 
 
 IN_OUT_DIR = Path(".")                                                      # --plot without a file
+# What the two large looks make use of.
+USED = {"before": {"model", "before", "out_dir", "plot", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "device", "threads"},
+        "study": {"study", "seeds", "out_dir", "plot", "n_eval", "threads"}}
 
 
 def parse_args(argv=None):
@@ -50,7 +53,9 @@ def parse_args(argv=None):
     add("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     add("--plot", type=Path, metavar="PNG", nargs="?", const=IN_OUT_DIR,
         help="draw them per layer; with --before or --study no file is named: the pictures go to OUT_DIR (needs matplotlib)")
-    return parser.parse_args(argv)
+    args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
+    args.given = {key for key, value in vars(args).items() if value != defaults[key]}
+    return args
 
 
 def look_inside(args, model, splits, tokenizer):
@@ -87,7 +92,6 @@ def plot_layers(rows, file):
 
 def compare(args, splits, tokenizer):
     """The checkpoint and the one before it: compare.json, two tables, pictures."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     rows = built_in(tokenizer)
     model, before = (load_model(path, DTYPES[args.dtype], args.device) for path in (args.model, args.before))
     if isinstance(rows, World) and not (args.safety or args.benign):
@@ -95,6 +99,7 @@ def compare(args, splits, tokenizer):
     else:
         safe = [{"prompt": prompt, "harmful": None} for prompt in load_safe_prompts(args.benign, args.n_eval, rows)]
         sets = {"safe": safe, "unsafe": splits["eval_unsafe"]}
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     records = [{"protocol": "before", "seed": None} | r for r in measure(before, tokenizer, sets, args.max_len)]
     after = measure(model, tokenizer, sets, args.max_len, before) + answers_between(before, model, tokenizer, sets)
     records += [{"protocol": "after", "seed": None} | r for r in after]
@@ -132,8 +137,9 @@ def check_args(args):
     check_minimum(args, 0, "seed", "radius")
     if bool(args.model) == bool(args.study):
         raise ValueError("give a checkpoint, or --study world, which makes its own")
-    if bool(args.before) + bool(args.study) + args.precision > 1:
-        raise ValueError("--before, --study and --precision are three different looks: choose one")
+    for look, used in USED.items():
+        if getattr(args, look) and args.given - used:
+            raise ValueError(f"--{min(args.given - used)} has no part in --{look}")
     if not (args.before or args.study):
         if args.plot == IN_OUT_DIR or args.out_dir:
             raise ValueError("--plot PNG and --out FILE are for one checkpoint; --out_dir is for --before and --study")

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_alignment_is_not_poisoned_unless_asked():
 @pytest.mark.parametrize("script", [train_script, probe_script])
 def test_help_tells_the_defaults_that_hold(script, monkeypatch):
     parsers = []
-    monkeypatch.setattr(script.Parser, "parse_args", lambda self, argv: parsers.append(self))
+    monkeypatch.setattr(script.Parser, "parse_args", lambda self, argv: parsers.append(self) or Namespace())
     script.parse_args(["--model", "x"])
     told = {action.dest: re.search(r"\(default: ([^ )]+)", action.help or "") for action in parsers[0]._actions}
     for name, match in told.items():

@@ -216,7 +216,8 @@ def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
     assert len(commands) == 2 * done and all("--resume" in command for command in commands[done:])
     assert read_json(out_dir / "study.json") == records
     for more, message in ((["--n_eval", "3"], "holds another study, with n_eval = 2"), (["--n_eval", "1"], "safe: 1 prompts"),
-                          (["--seeds", "-1"], "--seeds -1: at least 0"), (["--precision"], "three different looks")):
+                          (["--seeds", "-1"], "--seeds -1: at least 0"), (["--precision"], "--precision has no part in --study"),
+                          (["--seed", "5"], "--seed has no part in --study")):
         with pytest.raises(ValueError, match=message):
             probe_script.main([*arguments, *more])
     (tmp_path / "full").mkdir()
