@@ -129,10 +129,10 @@ def format_seeds(records, scale=1, digits=".3f"):
 
 def print_curves(curves):
     """One line per method and step."""
-    columns = {"harmful_score": ("harmful %", 100, ".1f"), "over_refusal": ("over-refusal %", 100, ".1f"),
+    columns = {"harmful_score": ("harmful %", 100, ".1f"), "refusal_rate": ("refused %", 100, ".1f"), "over_refusal": ("over-refusal %", 100, ".1f"),
                "task_accuracy": ("task accuracy %", 100, ".1f"), "task_loss": ("task loss", 1, ".3f"), "harm_margin": ("harm margin", 1, ".2f")}
     known = {metric for steps in curves.values() for metrics in steps.values() for metric in metrics}
-    columns = {metric: column for metric, column in columns.items() if metric in known}     # in the world alone, accuracy is
+    columns = {metric: column for metric, column in columns.items() if metric in known}     # two are of the world alone
     rows = [["method", "step", *(title for title, _, _ in columns.values())]]
     for method, steps in curves.items():
         for step, metrics in steps.items():

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = ["--steps", "4", "--n_eval", "6", "--batch_size", "2", "--pairs_per_step", "2", "--pairs", "4", "--save_every", "2"]
+FAST = ["--steps", "4", "--n_eval", "6", "--batch_size", "2", "--pairs_per_step", "2", "--pairs", "4", "--save_every", "2", "--threads", "1"]
 
 
 @pytest.fixture
@@ -387,7 +387,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
 
 
 def test_the_readme_s_tables_are_what_the_records_say(capsys):
-    """The curve word for word; and every number of the other two tables, from `eval.py --curves` on the committed records."""
+    """The curve word for word; and every number of the other tables, from `eval.py --curves` on the committed records."""
     readme, golden = (ROOT / "README.md").read_text(), ROOT / "tests" / "golden" / "smollm2"
     eval_script.main([str(golden / run) for run in ("seed0", "seed1", "sap0", "sap1")] + ["--curves"])
     curve = capsys.readouterr().out
@@ -395,10 +395,13 @@ def test_the_readme_s_tables_are_what_the_records_say(capsys):
     before = format_value(next(r for r in read_json(golden / "base.json") if r["metric"] == "harmful_score")).strip()
     assert f"{before} before" in re.sub(r"\s+", " ", readme)
     tables = [line.replace("**", "") for line in readme.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
-    assert len(tables) == 9
+    for run in ("world", "unprojected"):
+        eval_script.main([str(golden.parent / "world" / f"{run}{seed}") for seed in range(5)] + ["--curves"])
+    told = curve + capsys.readouterr().out
+    assert len(tables) == 9 + 7 + 5
     for line in tables:
         for cell in line.strip("| ").split(" | ")[1:]:
-            assert cell in curve, line
+            assert cell in told, line
 
 
 def test_the_readme_s_precision_is_what_the_record_says():
