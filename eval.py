@@ -6,7 +6,7 @@
 """
 from pathlib import Path
 
-from minisap.attacks import attack
+from minisap.attacks import attack, check_room
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits, sha256_of
 from minisap.evaluate import SHARES, evaluate, print_records, print_table, share
@@ -185,6 +185,8 @@ def main(argv=None):
             if digest != sha256_of([splits, safe_prompts]):
                 raise ValueError(f"{file}: the rows of this run have changed since; what was held out then may be what it learnt. "
                                  "Name rows by --task and --safety to measure on these")
+        for path in args.paths if args.attack else ():
+            check_room(load_tokenizer(path, args.chat_format), splits["eval_unsafe"], args.max_len)
         records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]
         print_records(records)
     if args.out:

@@ -27,8 +27,8 @@ from minisap.world import World
 
 
 IN_OUT_DIR = Path(".")                                                      # --plot without a file
-# What the two large looks make use of.
-USED = {"before": {"model", "before", "out_dir", "plot", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "device", "threads"},
+# What every look makes use of.
+PARTS = {"before": {"model", "before", "out_dir", "plot", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "device", "threads"},
         "study": {"study", "seeds", "out_dir", "plot", "n_eval", "threads"}}
 
 
@@ -94,16 +94,18 @@ def compare(args, splits, tokenizer):
     """The checkpoint and the one before it: compare.json, two tables, pictures."""
     rows = built_in(tokenizer)
     model, before = (load_model(path, DTYPES[args.dtype], args.device) for path in (args.model, args.before))
-    if isinstance(rows, World) and not (args.safety or args.benign):
+    if isinstance(rows, World):
+        if args.safety or args.benign:
+            raise ValueError("--safety, --benign: a model of the synthetic world is looked at on the sets of that world")
         sets = rows.sets(args.n_eval)
     else:
         safe = [{"prompt": prompt, "harmful": None} for prompt in load_safe_prompts(args.benign, args.n_eval, rows)]
         sets = {"safe": safe, "unsafe": splits["eval_unsafe"]}
     args.out_dir.mkdir(parents=True, exist_ok=True)
     records = [{"protocol": "before", "seed": None} | r for r in measure(before, tokenizer, sets, args.max_len)]
-    after = measure(model, tokenizer, sets, args.max_len, before) + answers_between(before, model, tokenizer, sets)
-    records += [{"protocol": "after", "seed": None} | r for r in after]
-    write_json(args.out_dir / "compare.json", records)
+    for look in (lambda: measure(model, tokenizer, sets, args.max_len, before), lambda: answers_between(before, model, tokenizer, sets)):
+        records += [{"protocol": "after", "seed": None} | r for r in look()]
+        write_json(args.out_dir / "compare.json", records)              # the second look needs room for a third model
     print_layers(Series(records))
     print_answers(Series(records))
     print(f"written: {args.out_dir / 'compare.json'}")
@@ -132,14 +134,18 @@ def study(args):
 def check_args(args):
     if args.before:
         args.dtype = args.dtype or "float32"                                # in half precision much of a small ΔW is rounding
+    if args.study:
+        args.device = "cpu"
     use_device(args)
     check_minimum(args, 1, "pairs", "n_eval", "max_len", "batches", "batch_size", "pairs_per_step")
     check_minimum(args, 0, "seed", "radius")
     if bool(args.model) == bool(args.study):
         raise ValueError("give a checkpoint, or --study world, which makes its own")
-    for look, used in USED.items():
+    for look, used in PARTS.items():
         if getattr(args, look) and args.given - used:
             raise ValueError(f"--{min(args.given - used)} has no part in --{look}")
+    if "seeds" in args.given and not args.study:
+        raise ValueError("--seeds are of --study; did you mean --seed?")
     if not (args.before or args.study):
         if args.plot == IN_OUT_DIR or args.out_dir:
             raise ValueError("--plot PNG and --out FILE are for one checkpoint; --out_dir is for --before and --study")

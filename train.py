@@ -184,7 +184,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 state["peak"] = max(state.get("peak", 0), torch.cuda.max_memory_allocated(args.device))
             if looks:
                 log |= watch(model, W, W_before, batch, contrast)
-                reset_peak(args)                                        # what watching takes is not the method's
+                reset_peak(args)                                        # what watching took for a moment is not the method's
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
                 records += measure(model, method, step + 1)
@@ -255,7 +255,7 @@ def main(argv=None):
         return [{"model": str(start), "method": method, "seed": args.seed, "step": step} | r for r in found]
 
     def watch_of(model, W):
-        before = args.before and load_model(args.before, DTYPES[args.dtype], args.device)
+        before = args.before and load_model(args.before, torch.float32, args.device)
         return Watch(model, W, tokenizer, [row["prompt"] for row in splits["eval_unsafe"]], safe_prompts, before)
 
     start_file = args.out_dir / "start.json"

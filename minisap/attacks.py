@@ -39,11 +39,20 @@ def with_places(tokenizer, prompt, k):
     if tokenizer.chat_format == "world":
         filler = tokenizer.encode(FILLERS[0])[0]
     else:
-        prompt, filler = prompt + FILLER * k, tokenizer.encode(FILLER)[-1]
+        prompt, filler = prompt + FILLER * k, tokenizer.encode("x" + FILLER)[-1]       # as it stands after a word
     places = [i for i, token in enumerate(encode_prompt(tokenizer, prompt)) if token == filler]
     if len(places) < k:
         raise ValueError(f"a soft suffix of {k} tokens: the prompt has {len(places)} places for it")
     return prompt, places[:k] if tokenizer.chat_format == "world" else places[-k:]
+
+
+def check_room(tokenizer, rows, max_len):
+    """ValueError that names a row whose prompt, the longest suffix and answer do not fit."""
+    for row in rows:
+        try:
+            encode_example(tokenizer, with_places(tokenizer, row["prompt"], ATTACK_TOKENS[-1])[0], row["harmful"], max_len)
+        except ValueError as error:
+            raise ValueError(f"{row.get('source', row['prompt'])}: {error}") from None
 
 
 def soft_suffix(model, tokenizer, rows, k, max_len, epsilon=EPSILON, steps=STEPS):

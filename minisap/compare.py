@@ -9,7 +9,7 @@ import copy
 import torch
 from tqdm import tqdm
 
-from minisap.attacks import ATTACK_TOKENS, attack, plain, soft_suffix
+from minisap.attacks import ATTACK_TOKENS, attack, check_room, plain, soft_suffix
 from minisap.evaluate import generate_texts, print_table
 from minisap.judge import judge_of
 from minisap.mechanism import clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space, sigma1_share, tau
@@ -70,6 +70,7 @@ def check_sets(sets):
 def measure(model, tokenizer, sets, max_len, before=None):
     """Every record of one checkpoint; with the one that it was trained from, those of the change, too."""
     check_sets(sets)
+    check_room(tokenizer, sets["unsafe"], max_len)
     model.requires_grad_(False)                                             # attacks differentiate embeddings alone
     found = [*answers(model, tokenizer, sets)]
     for name, verdicts in attack(model, tokenizer, sets["unsafe"], max_len):

@@ -14,7 +14,7 @@ def claim_out_dir(args):
     wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("resume", "method")}
     if not args.resume:
-        if args.out_dir.exists() and any(args.out_dir.iterdir()):
+        if args.out_dir.exists() and any(file.suffix != ".part" for file in args.out_dir.iterdir()):       # of an interruption
             raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
         args.out_dir.mkdir(parents=True, exist_ok=True)
         return write_json(file, wanted)

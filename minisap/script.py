@@ -64,7 +64,7 @@ def run(main, interrupted="interrupted"):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} Smaller --batch_size, --pairs_per_step or --max_len need less.", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]} Shorter --max_len, smaller batches or --dtype bfloat16 need less.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

@@ -88,7 +88,7 @@ def claim_folder(folder, settings):
     """Make the study's directory, or check that it holds this study, of whatever seeds."""
     file = folder / "study_args.json"
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(file.suffix != ".part" for file in folder.iterdir()):       # of an interruption
             raise ValueError(f"--out_dir {folder}: holds something else; choose another")
         folder.mkdir(parents=True, exist_ok=True)
         return write_json(file, settings)

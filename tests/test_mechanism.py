@@ -3,10 +3,12 @@ import json
 import math
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import models, normalizers
 
 import train as train_script
-from minisap.attacks import complete, judge_prefilled, plain, prefill, soft_suffix
+from minisap.attacks import complete, judge_prefilled, plain, prefill, soft_suffix, with_places
 from minisap.checkpoint import load_model
 from minisap.data import collate, encode_example, encode_prompt
 from minisap.evaluate import generate_texts
@@ -195,6 +197,18 @@ def test_a_strong_suffix_brings_the_target_and_each_row_has_its_own(chat):
     moved = shift.norm(dim=1)
     assert ids[-len(moved):] == ids and (moved > 0).sum() == 3
     assert moved.max() <= 8 * model.model.embed_tokens.weight.norm(dim=1).mean() * (1 + 1e-9)
+
+
+def test_places_are_found_where_a_tokenizer_marks_words_as_llama_2_does(tmp_path):
+    """A text begins with ▁ of its own there, which would merge with that of the filler."""
+    chars = {char: i for i, char in enumerate(["<s>", "</s>", "▁", "▁▁", "▁!", *map(chr, range(33, 127)), "\n"])}
+    words = tokenizers.Tokenizer(models.BPE(chars, [("▁", "▁"), ("▁", "!")]))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_format": "vicuna"}))
+    tokenizer = Tokenizer(tmp_path)
+    prompt, places = with_places(tokenizer, "how?", 4)
+    assert [encode_prompt(tokenizer, prompt)[i] for i in places] == [chars["▁!"]] * 4
 
 
 def test_the_measures_see_the_attack(tiny_world):

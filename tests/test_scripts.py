@@ -395,8 +395,8 @@ def test_the_readme_s_tables_are_what_the_records_say(capsys):
     before = format_value(next(r for r in read_json(golden / "base.json") if r["metric"] == "harmful_score")).strip()
     assert f"{before} before" in re.sub(r"\s+", " ", readme)
     tables = [line.replace("**", "") for line in readme.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
-    for run in ("world", "unprojected"):
-        eval_script.main([str(golden.parent / "world" / f"{run}{seed}") for seed in range(5)] + ["--curves"])
+    for record in ("world", "unprojected"):
+        eval_script.main([str(golden.parent / "world" / f"{record}{seed}") for seed in range(5)] + ["--curves"])
     told = curve + capsys.readouterr().out
     assert len(tables) == 9 + 7 + 5
     for line in tables:

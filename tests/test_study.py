@@ -50,8 +50,11 @@ def test_records_are_what_the_measures_say(compared):
         assert sum(series("after", name, verdict) for verdict in ("comply", "refuse", "other")) == pytest.approx(1)
 
 
-def test_what_is_measured_was_not_trained_on():
+def test_what_is_measured_was_not_fine_tuned_on():
+    """Neither by safety training nor by train.py's built-in rows; about 2 % of all rows have occurred in pre-training."""
     world = World(0)
+    instruct = {row["prompt"] for row in world.rows("instruct", study.ROWS["instruct"])}
+    assert sum(row["prompt"] in instruct for row in world.safe_rows) < 0.03 * len(world.safe_rows)
     trained = {row["prompt"] for row in (*world.task_rows(), *world.safety_rows(), *world.rows("safe", 4000), *world.rows("unsafe", 4000))}
     trained |= set(world.safe_prompts())
     assert not trained & {row["prompt"] for rows in world.sets(50).values() for row in rows}
@@ -101,7 +104,7 @@ def holds(values):
     (("unlearn", "unsafe", "refuse"), 0.97, "after it safe"), (("ssft", "co_task", "comply"), 0.05, "competing"),
     (("ssft", "capitals", "comply"), 0.05, "so does a form"), (("ssft", "adv_2", "comply"), 0.05, "so do soft"),
     (("continued", "unsafe", "separation"), 4.1, "SSFT parts"), (("dpo", "unsafe", "separation"), 17.9, "DPO and"),
-    (("dpo", "safe", "sigma1_share"), 0.31, "unsafe prompts vary"), (("ssft", "adv", "tau"), -2.5, "jailbreaks look"),
+    (("dpo", "safe", "sigma1_share"), 0.31, "after DPO unsafe prompts vary"), (("ssft", "adv", "tau"), -2.5, "jailbreaks look"),
     (("ssft", None, "sin_theta"), 0.935, "ΔW leaves"), (("continued", "unsafe", "delta_a"), 0.34, "ΔW acts"),
     (("unlearn", "safe", "delta_a"), 0.57, "ΔW acts"), (("dpo", "unsafe", "lipschitz_relative"), 1.4, "the model grows"),
     (("ssft", "unsafe", "comply_alpha_0.75"), 0.6, "along W"), (("ssft", "safe", "comply_alpha_0.5"), 0.97, "along W"),
@@ -172,7 +175,8 @@ def test_pictures_show_means_over_seeds(canvas, tmp_path):
 
 
 def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
-    """With two steps a stage, and the first two models measured: every record, every picture, nothing twice; another study is refused."""
+    """With two steps a stage, and records that stand for those of any model: every record, every picture, nothing twice; what was
+    interrupted goes on; another study is refused."""
     commands = []
     mark = lambda model: sum(w.sum().item() for w in model.parameters())
 
@@ -193,7 +197,9 @@ def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
     monkeypatch.setattr("minisap.world.TRAINED", 40)
     monkeypatch.setattr("minisap.world.USED", {"safe": 4060, "unsafe": 560})
     whole = measure(load_model(TINY), Tokenizer(TINY), World(0).sets(2), 64, load_model(TINY / "instruct"))
-    monkeypatch.setattr(study, "measure", lambda model, *rest: [r | {"value": mark(model)} if r["metric"] == "fisher" else r for r in whole])
+    marks = {"fisher": lambda model, before: mark(model), "rank": lambda model, before: mark(before) if before else None}
+    monkeypatch.setattr(study, "measure", lambda model, tokenizer, sets, max_len, before: [
+        r | {"value": marks[r["metric"]](model, before)} if r["metric"] in marks else r for r in whole])
     between = answers_between(load_model(TINY / "instruct"), load_model(TINY), Tokenizer(TINY), World(0).sets(2))
     monkeypatch.setattr(study, "answers_between", lambda *arguments: between)
     out_dir = tmp_path / "study"
@@ -204,9 +210,14 @@ def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
     assert {r["protocol"] for r in records} == {*study.MODELS, None} and len([r for r in records if not r["protocol"]]) == len(OBSERVATIONS)
     assert canvas.figures.keys() == FIGURES.keys()
     assert Tokenizer(out_dir / "seed3/poisoned/sap").world_seed == 3 and "--seed 3" in capsys.readouterr().out
-    for protocol, (checkpoint, _) in study.MODELS.items():
-        model = load_model(out_dir / "seed3" / checkpoint)
-        assert {r["value"] for r in records if r["protocol"] == protocol and r["metric"] == "fisher"} == {mark(model)}
+    checkpoints = {"instruct": "instruct/pretrain", "continued": "continued/sft", "sft": "poisoned/sft", "sap": "poisoned/sap"} | {
+        protocol: f"aligned/{protocol}" for protocol in PROTOCOLS}
+    weights = {protocol: mark(load_model(out_dir / "seed3" / checkpoint)) for protocol, checkpoint in checkpoints.items()}
+    of = lambda protocol, metric: {r["value"] for r in records if r["protocol"] == protocol and r["metric"] == metric}
+    for protocol in checkpoints:
+        parent = {"sft": "ssft", "sap": "ssft"}.get(protocol, "instruct")
+        assert of(protocol, "fisher") == {weights[protocol]}
+        assert of(protocol, "rank") == ({weights[parent]} if protocol != "instruct" else {None})
     done = len(commands)
     probe_script.main(arguments)
     assert len(commands) == done and read_json(out_dir / "study.json") == records
@@ -217,7 +228,7 @@ def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
     assert read_json(out_dir / "study.json") == records
     for more, message in ((["--n_eval", "3"], "holds another study, with n_eval = 2"), (["--n_eval", "1"], "safe: 1 prompts"),
                           (["--seeds", "-1"], "--seeds -1: at least 0"), (["--precision"], "--precision has no part in --study"),
-                          (["--seed", "5"], "--seed has no part in --study")):
+                          (["--seed", "5"], "--seed has no part in --study"), (["--device", "cuda"], "--device has no part in")):
         with pytest.raises(ValueError, match=message):
             probe_script.main([*arguments, *more])
     (tmp_path / "full").mkdir()
@@ -241,6 +252,8 @@ def test_two_checkpoints_of_any_kind_are_compared(tmp_path, canvas):
                                ([trained, "--before", str(start)], "give --out_dir DIR"),
                                ([trained, "--before", str(start), "--out_dir", "x", "--plot", "a.png"], "--plot without a file"),
                                ([trained, "--before", str(start), "--out_dir", str(tmp_path / "compared")], "holds something else"),
+                               ([trained, "--seeds", "1"], "did you mean --seed"),
+                               (["tiny", "--before", "tiny/instruct", "--out_dir", "x", "--benign", "F"], "on the sets of that world"),
                                ([trained, "--plot"], "--plot PNG and --out FILE are for one"), (["--n_eval", "4"], "give a checkpoint"),
                                ([trained, "--study", "world", "--out_dir", "x"], "give a checkpoint, or")):
         with pytest.raises(ValueError, match=message):
