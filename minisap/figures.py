@@ -157,7 +157,7 @@ def draw_all(records, folder):
             continue
         figure = draw(series)
         figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=130)
+        figure.savefig(folder / f"{name}.png", dpi=100)
         pyplot().close(figure)
         files.append(folder / f"{name}.png")
     return files

@@ -397,8 +397,10 @@ def test_the_readme_s_tables_are_what_the_records_say(capsys):
     tables = [line.replace("**", "") for line in readme.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
     for record in ("world", "unprojected"):
         eval_script.main([str(golden.parent / "world" / f"{record}{seed}") for seed in range(5)] + ["--curves"])
+    for record in golden.parent.glob("world/format*"):
+        eval_script.main([str(record), "--curves"])
     told = curve + capsys.readouterr().out
-    assert len(tables) == 9 + 7 + 5
+    assert len(tables) == 9 + 7 + 5 + 13
     for line in tables:
         for cell in line.strip("| ").split(" | ")[1:]:
             assert cell in told, line
