@@ -406,6 +406,14 @@ def test_the_readme_s_tables_are_what_the_records_say(capsys):
             assert cell in told, line
 
 
+def test_the_readme_s_observations_are_what_the_record_says():
+    readme = (ROOT / "README.md").read_text()
+    for check in read_json(ROOT / "tests" / "golden" / "world" / "checks.json"):
+        count = sum(check["holds"].values())
+        word = {0: "**no**", 3: "yes"}.get(count, f"{count} of 3")
+        assert f"| {check['claim']} | {'; '.join(check['numbers'].values())} | {word} |" in readme
+
+
 def test_the_readme_s_precision_is_what_the_record_says():
     readme = (ROOT / "README.md").read_text()
     for row in read_json(ROOT / "tests" / "golden" / "smollm2" / "precision.json"):
