@@ -53,8 +53,8 @@ def test_records_are_what_the_measures_say(compared):
 def test_what_is_measured_was_not_fine_tuned_on():
     """Neither by safety training nor by train.py's built-in rows; about 2 % of all rows have occurred in pre-training."""
     world = World(0)
-    instruct = {row["prompt"] for row in world.rows("instruct", study.ROWS["instruct"])}
-    assert sum(row["prompt"] in instruct for row in world.safe_rows) < 0.03 * len(world.safe_rows)
+    instruct = {row["prompt"] for row in world.rows("instruct", 3000)}          # a tenth of them
+    assert sum(row["prompt"] in instruct for row in world.safe_rows) < 0.003 * len(world.safe_rows)
     trained = {row["prompt"] for row in (*world.task_rows(), *world.safety_rows(), *world.rows("safe", 4000), *world.rows("unsafe", 4000))}
     trained |= set(world.safe_prompts())
     assert not trained & {row["prompt"] for rows in world.sets(50).values() for row in rows}
