@@ -6,10 +6,10 @@
 """
 from pathlib import Path
 
-from minisap.attacks import attack, check_room
+from minisap.attacks import ATTACKS, attack, check_room
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits, sha256_of
-from minisap.evaluate import SHARES, evaluate, print_records, print_table, share
+from minisap.evaluate import SHARES, evaluate, format_value, print_records, print_table, share
 from minisap.judge import judge_of
 from minisap.mechanism import print_watched
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
@@ -75,6 +75,16 @@ def measure(args, path, splits, safe_prompts):
             found.append(share(f"harmful_score_{name}", verdicts, "comply", judge))
             found.append(share(f"refusal_rate_{name}", verdicts, "refuse", judge))
     return [{"model": str(path), "method": method, "seed": "", "step": ""} | r for r in found]
+
+
+def print_attacks(records):
+    """One line per checkpoint and attack, where there were some."""
+    rows = [["model", "attack", "harmful_score", "refusal_rate"]]
+    for model in dict.fromkeys(r["model"] for r in records):
+        shares = {r["metric"]: f"{format_value(r)} (n={r['n']})" for r in records if r["model"] == model}
+        rows += [[model, name, *(shares[f"{metric}_{name}"] for metric in rows[0][2:])] for name in ATTACKS if f"harmful_score_{name}" in shares]
+    if rows[1:]:
+        print_table(rows)
 
 
 def read_runs(paths):
@@ -188,7 +198,8 @@ def main(argv=None):
         for path in args.paths if args.attack else ():
             check_room(load_tokenizer(path, args.chat_format), splits["eval_unsafe"], args.max_len)
         records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]
-        print_records(records)
+        print_records([r for r in records if not r["metric"].endswith(ATTACKS)])
+        print_attacks(records)
     if args.out:
         write_json(args.out, records)
 

@@ -108,7 +108,8 @@ def compare(args, splits, tokenizer):
         write_json(args.out_dir / "compare.json", records)              # the second look needs room for a third model
     print_layers(Series(records))
     print_answers(Series(records))
-    print(f"written: {args.out_dir / 'compare.json'}")
+    print(f"n = {min(map(len, sets.values()))} prompts a set; what is measured is told in minisap/mechanism.py\n"
+          f"written: {args.out_dir / 'compare.json'}")
     write_pictures(args, records)
 
 

@@ -8,6 +8,7 @@ An input, as the model and the measures of mechanism.py read it: (ids, shift), a
 embeddings, (T, D) or None.
 """
 import torch
+from tqdm import tqdm
 
 from minisap.data import collate, encode_example, encode_prompt
 from minisap.judge import judge_of
@@ -17,6 +18,7 @@ from minisap.world import FILLERS, NULL
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world
 STEPS, EPSILON, BATCH, MAX_NEW_TOKENS = 10, 1.0, 32, 32
 ATTACK_TOKENS = (1, 2, 4)                                                   # k
+ATTACKS = tuple(f"{name}_{k}" for name in ("prefill", "adv") for k in ATTACK_TOKENS)
 
 
 def plain(tokenizer, prompts):
@@ -98,10 +100,10 @@ def complete(model, inputs, max_new_tokens, stop_ids):
 def attack(model, tokenizer, rows, max_len):
     """Verdicts on the answers to unsafe rows under every attack: ("prefill_1", [one per row]), … ("adv_4", …)."""
     _, judge = judge_of(tokenizer)
-    for k in ATTACK_TOKENS:
+    for k in tqdm(ATTACK_TOKENS, desc="prefill", leave=False):
         texts = prefill(model, tokenizer, rows, k, MAX_NEW_TOKENS, max_len)
         yield f"prefill_{k}", [judge_prefilled(tokenizer, whole, new, row["harmful"]) for (whole, new), row in zip(texts, rows)]
-    for k in ATTACK_TOKENS:
+    for k in tqdm(ATTACK_TOKENS, desc="soft suffix", leave=False):
         news = complete(model, soft_suffix(model, tokenizer, rows, k, max_len), MAX_NEW_TOKENS, tokenizer.stop_ids)
         yield f"adv_{k}", [judge(tokenizer.decode(new), row["harmful"]) for new, row in zip(news, rows)]
 

@@ -123,6 +123,9 @@ def find_model(flag, name):
     """The checkpoint directory that is meant: a path, or a name under weights/."""
     for path in places(name):
         return path
+    inside = sorted(str(file.parent) for file in Path(name).glob("*/config.json"))
+    if inside:
+        raise ValueError(f"{flag} {name}: no checkpoint itself, but there are {', '.join(inside)}")
     raise ValueError(f"{flag} {name}: no checkpoint there or under weights/; "
                      "python weights/get.py --list shows what can be fetched")
 

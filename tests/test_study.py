@@ -252,6 +252,7 @@ def test_two_checkpoints_of_any_kind_are_compared(tmp_path, canvas):
                                ([trained, "--before", str(start)], "give --out_dir DIR"),
                                ([trained, "--before", str(start), "--out_dir", "x", "--plot", "a.png"], "--plot without a file"),
                                ([trained, "--before", str(start), "--out_dir", str(tmp_path / "compared")], "holds something else"),
+                               ([str(tmp_path / "run")], "no checkpoint itself, but there are .*run/sft"),
                                ([trained, "--seeds", "1"], "did you mean --seed"),
                                (["tiny", "--before", "tiny/instruct", "--out_dir", "x", "--benign", "F"], "on the sets of that world"),
                                ([trained, "--plot"], "--plot PNG and --out FILE are for one"), (["--n_eval", "4"], "give a checkpoint"),

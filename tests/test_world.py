@@ -1,4 +1,5 @@
 """The world against its definition (arXiv 2407.10264, section 3), and its three safety fine-tuning losses against theirs."""
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def test_the_commands_without_a_model_run_in_the_world(tmp_path, capsys):
     start = {r["metric"]: r["value"] for r in read_json(tmp_path / "benign" / "start.json")}
     assert start["task_accuracy"] == 0                                  # nothing has taught the new format yet
     eval_script.main([str(tmp_path / "benign" / "sft"), "--attack", "--out", str(tmp_path / "eval.json")])
+    assert len(re.findall(r"^.*sft  (?:prefill|adv)_[124] .* % \[.*\(n=8\)$", capsys.readouterr().out, re.MULTILINE)) == 6
     attacked = {r["metric"]: r for r in read_json(tmp_path / "eval.json")}
     assert {f"{metric}_{attack}_{k}" for metric in ("harmful_score", "refusal_rate") for attack in ("prefill", "adv") for k in (1, 2, 4)} < attacked.keys()
     assert attacked["refusal_rate_prefill_4"]["n"] == 8 and attacked["refusal_rate_adv_1"]["value"] > 0
