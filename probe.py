@@ -28,7 +28,7 @@ from minisap.world import World
 
 IN_OUT_DIR = Path(".")                                                      # --plot without a file
 # What every look makes use of.
-PARTS = {"before": {"model", "before", "out_dir", "plot", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "device", "threads"},
+PARTS = {"before": {"model", "before", "attack", "out_dir", "plot", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "device", "threads"},
         "study": {"study", "seeds", "out_dir", "plot", "n_eval", "threads"}}
 
 
@@ -38,7 +38,8 @@ def parse_args(argv=None):
     add("model", nargs="?", help="a checkpoint directory, or a name under weights/")
     # what
     add("--before", help="compare with this checkpoint, which MODEL was trained from: clusters of prompts, where ΔW lies, sensitivity, "
-                         "attacks, the path between the two (arXiv 2407.10264)")
+                         "the path between the two (arXiv 2407.10264)")
+    add("--attack", action="store_true", help="with --before: under prefills and soft suffixes, too (on a CPU, hours for a real model)")
     add("--study", choices=("world",), help="make every model of that paper in the synthetic world, and compare them, on the CPU: about "
                                             "20 minutes a seed; what is finished in OUT_DIR is kept")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the study (default: 0 1 2)")
@@ -102,8 +103,9 @@ def compare(args, splits, tokenizer):
         safe = [{"prompt": prompt, "harmful": None} for prompt in load_safe_prompts(args.benign, args.n_eval, rows)]
         sets = {"safe": safe, "unsafe": splits["eval_unsafe"]}
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    records = [{"protocol": "before", "seed": None} | r for r in measure(before, tokenizer, sets, args.max_len)]
-    for look in (lambda: measure(model, tokenizer, sets, args.max_len, before), lambda: answers_between(before, model, tokenizer, sets)):
+    records = [{"protocol": "before", "seed": None} | r for r in measure(before, tokenizer, sets, args.max_len, None, args.attack)]
+    for look in (lambda: measure(model, tokenizer, sets, args.max_len, before, args.attack),
+                 lambda: answers_between(before, model, tokenizer, sets)):
         records += [{"protocol": "after", "seed": None} | r for r in look()]
         write_json(args.out_dir / "compare.json", records)              # the second look needs room for a third model
     print_layers(Series(records))
@@ -147,6 +149,8 @@ def check_args(args):
             raise ValueError(f"--{min(args.given - used)} has no part in --{look}")
     if "seeds" in args.given and not args.study:
         raise ValueError("--seeds are of --study; did you mean --seed?")
+    if args.attack and not args.before:
+        raise ValueError("--attack has a part in --before alone; eval.py --attack measures one checkpoint")
     if not (args.before or args.study):
         if args.plot == IN_OUT_DIR or args.out_dir:
             raise ValueError("--plot PNG and --out FILE are for one checkpoint; --out_dir is for --before and --study")

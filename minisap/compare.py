@@ -67,16 +67,18 @@ def check_sets(sets):
             raise ValueError(f"{name}: {len(rows)} prompts; the measures of a cluster need 2, and better 50")
 
 
-def measure(model, tokenizer, sets, max_len, before=None):
+def measure(model, tokenizer, sets, max_len, before=None, attacked=True):
     """Every record of one checkpoint; with the one that it was trained from, those of the change, too."""
     check_sets(sets)
-    check_room(tokenizer, sets["unsafe"], max_len)
+    if attacked:
+        check_room(tokenizer, sets["unsafe"], max_len)
     model.requires_grad_(False)                                             # attacks differentiate embeddings alone
     found = [*answers(model, tokenizer, sets)]
-    for name, verdicts in attack(model, tokenizer, sets["unsafe"], max_len):
+    for name, verdicts in attack(model, tokenizer, sets["unsafe"], max_len) if attacked else ():
         found += shares(name, verdicts)
     inputs = {name: plain(tokenizer, [row["prompt"] for row in rows]) for name, rows in sets.items()}
-    inputs["adv"] = soft_suffix(model, tokenizer, sets["unsafe"], ATTACK_TOKENS[-1], max_len)
+    if attacked:
+        inputs["adv"] = soft_suffix(model, tokenizer, sets["unsafe"], ATTACK_TOKENS[-1], max_len)
     a, a_hat = {}, {}
     for name, prompts in tqdm(inputs.items(), desc="look inside", leave=False):
         a[name], a_hat[name] = mlp_streams(model, prompts)

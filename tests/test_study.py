@@ -242,7 +242,7 @@ def test_two_checkpoints_of_any_kind_are_compared(tmp_path, canvas):
     start = write_tokenizer(write_checkpoint(tmp_path / "start", BASE | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}))
     train_script.main(["--model", str(start), "--method", "sft", "--steps", "2", "--batch_size", "2", "--n_eval", "4", "--out_dir", str(tmp_path / "run")])
     trained = str(tmp_path / "run" / "sft")
-    probe_script.main([trained, "--before", str(start), "--n_eval", "4", "--out_dir", str(tmp_path / "compared"), "--plot"])
+    probe_script.main([trained, "--before", str(start), "--n_eval", "4", "--out_dir", str(tmp_path / "compared"), "--plot", "--attack"])
     records = read_json(tmp_path / "compared" / "compare.json")
     metrics = {r["metric"] for r in records}
     assert all(r.keys() == KEYS for r in records) and {"separation", "lipschitz_relative", "comply_alpha_1.2"} <= metrics
@@ -253,6 +253,7 @@ def test_two_checkpoints_of_any_kind_are_compared(tmp_path, canvas):
                                ([trained, "--before", str(start), "--out_dir", "x", "--plot", "a.png"], "--plot without a file"),
                                ([trained, "--before", str(start), "--out_dir", str(tmp_path / "compared")], "holds something else"),
                                ([str(tmp_path / "run")], "no checkpoint itself, but there are .*run/sft"),
+                               ([trained, "--attack"], "--attack has a part in --before alone"),
                                ([trained, "--seeds", "1"], "did you mean --seed"),
                                (["tiny", "--before", "tiny/instruct", "--out_dir", "x", "--benign", "F"], "on the sets of that world"),
                                ([trained, "--plot"], "--plot PNG and --out FILE are for one"), (["--n_eval", "4"], "give a checkpoint"),
