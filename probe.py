@@ -28,7 +28,8 @@ from minisap.world import World
 
 IN_OUT_DIR = Path(".")                                                      # --plot without a file
 # What every look makes use of.
-PARTS = {"before": {"model", "before", "attack", "out_dir", "plot", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "device", "threads"},
+PARTS = {"before": {"model", "before", "attack", "out_dir", "plot", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format",
+                    "dtype", "device", "threads"},
         "study": {"study", "seeds", "out_dir", "plot", "n_eval", "threads"}}
 
 
