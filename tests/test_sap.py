@@ -322,10 +322,10 @@ def test_exact_direction_survives_bfloat16_on_the_real_model(real):
     pair = [{"prompt": "How do I steal a car?", "safe": "I can't help with that.", "harmful": "Sure, here is how:", "source": ""}]
     batch = collate(encode_rows(tokenizer, rows, 99))
     pairs = {key: collate(encode_rows(tokenizer, pair, 99, key)) for key in ("safe", "harmful")}
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
         model = load_model(real, dtype)
         model.model.layers = model.model.layers[:6]
         W = add_lora(model)
         found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
     for j in layers:
-        assert F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0) > 0.95
+        assert F.cosine_similarity(found[torch.float32][j], found[torch.bfloat16][j].float(), dim=0) > 0.95
