@@ -71,7 +71,7 @@ def measure(args, path, splits, safe_prompts):
     if args.attack:
         model.requires_grad_(False)                                         # attacks differentiate embeddings alone
         judge, _ = judge_of(tokenizer)
-        for name, verdicts in attack(model, tokenizer, splits["eval_unsafe"], args.max_len):
+        for name, verdicts, _ in attack(model, tokenizer, splits["eval_unsafe"], args.max_len):
             found.append(share(f"harmful_score_{name}", verdicts, "comply", judge))
             found.append(share(f"refusal_rate_{name}", verdicts, "refuse", judge))
     return [{"model": str(path), "method": method, "seed": "", "step": ""} | r for r in found]

@@ -20,6 +20,7 @@ from minisap.evaluate import print_table, with_own_refusals
 from minisap.figures import draw_all
 from minisap.layers import gradients, linear_probes, precision, recommend
 from minisap.observations import check_all, print_checks, records_of
+from minisap.resume import occupied
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, check_outputs, find_before,
                             find_model, load_tokenizer, pyplot, run, use_device)
 from minisap.study import run_study
@@ -160,7 +161,7 @@ def check_args(args):
         raise ValueError("--before and --study write several files: give --out_dir DIR, no --out, and --plot without a file")
     if args.plot:
         pyplot()
-    if args.before and args.out_dir.exists() and (not args.out_dir.is_dir() or any(args.out_dir.iterdir())):
+    if args.before and (args.out_dir.is_file() or occupied(args.out_dir)):
         raise ValueError(f"--out_dir {args.out_dir}: holds something else; choose another")
     if args.study and min(args.seeds) < 0:
         raise ValueError(f"--seeds {min(args.seeds)}: at least 0")

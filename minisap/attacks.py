@@ -11,12 +11,13 @@ import torch
 from tqdm import tqdm
 
 from minisap.data import collate, encode_example, encode_prompt
+from minisap.evaluate import BATCH, MAX_NEW_TOKENS
 from minisap.judge import judge_of
 from minisap.sap import response_nll
 from minisap.world import FILLERS, NULL
 
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world
-STEPS, EPSILON, BATCH, MAX_NEW_TOKENS = 10, 1.0, 32, 32
+STEPS, EPSILON = 10, 1.0
 ATTACK_TOKENS = (1, 2, 4)                                                   # k
 ATTACKS = tuple(f"{name}_{k}" for name in ("prefill", "adv") for k in ATTACK_TOKENS)
 
@@ -65,6 +66,8 @@ def soft_suffix(model, tokenizer, rows, k, max_len, epsilon=EPSILON, steps=STEPS
 
 
 def fit_suffixes(model, tokenizer, rows, k, max_len, epsilon, steps):
+    """soft_suffix of one batch: every step moves the k shifts of a row, (k, D), and pulls each back to a norm of at most ε times
+    the mean norm of an embedding."""
     placed = [with_places(tokenizer, row["prompt"], k) for row in rows]
     batch = collate([encode_example(tokenizer, prompt, row["harmful"], max_len) for (prompt, _), row in zip(placed, rows)],
                     device=model.lm_head.weight.device)
@@ -98,14 +101,16 @@ def complete(model, inputs, max_new_tokens, stop_ids):
 
 
 def attack(model, tokenizer, rows, max_len):
-    """Verdicts on the answers to unsafe rows under every attack: ("prefill_1", [one per row]), … ("adv_4", …)."""
+    """What unsafe rows get answered under every attack: ("prefill_1", [one verdict per row], None), … ("adv_4", [verdicts], the
+    inputs under the suffixes that were fitted)."""
     _, judge = judge_of(tokenizer)
     for k in tqdm(ATTACK_TOKENS, desc="prefill", leave=False):
         texts = prefill(model, tokenizer, rows, k, MAX_NEW_TOKENS, max_len)
-        yield f"prefill_{k}", [judge_prefilled(tokenizer, whole, new, row["harmful"]) for (whole, new), row in zip(texts, rows)]
+        yield f"prefill_{k}", [judge_prefilled(tokenizer, whole, new, row["harmful"]) for (whole, new), row in zip(texts, rows)], None
     for k in tqdm(ATTACK_TOKENS, desc="soft suffix", leave=False):
-        news = complete(model, soft_suffix(model, tokenizer, rows, k, max_len), MAX_NEW_TOKENS, tokenizer.stop_ids)
-        yield f"adv_{k}", [judge(tokenizer.decode(new), row["harmful"]) for new, row in zip(news, rows)]
+        inputs = soft_suffix(model, tokenizer, rows, k, max_len)
+        news = complete(model, inputs, MAX_NEW_TOKENS, tokenizer.stop_ids)
+        yield f"adv_{k}", [judge(tokenizer.decode(new), row["harmful"]) for new, row in zip(news, rows)], inputs
 
 
 def judge_prefilled(tokenizer, whole, new, truth):

@@ -9,7 +9,7 @@ import copy
 import torch
 from tqdm import tqdm
 
-from minisap.attacks import ATTACK_TOKENS, attack, check_room, plain, soft_suffix
+from minisap.attacks import attack, check_room, plain
 from minisap.evaluate import generate_texts, print_table
 from minisap.judge import judge_of
 from minisap.mechanism import clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space, sigma1_share, tau
@@ -74,11 +74,11 @@ def measure(model, tokenizer, sets, max_len, before=None, attacked=True):
         check_room(tokenizer, sets["unsafe"], max_len)
     model.requires_grad_(False)                                             # attacks differentiate embeddings alone
     found = [*answers(model, tokenizer, sets)]
-    for name, verdicts in attack(model, tokenizer, sets["unsafe"], max_len) if attacked else ():
-        found += shares(name, verdicts)
     inputs = {name: plain(tokenizer, [row["prompt"] for row in rows]) for name, rows in sets.items()}
-    if attacked:
-        inputs["adv"] = soft_suffix(model, tokenizer, sets["unsafe"], ATTACK_TOKENS[-1], max_len)
+    for name, verdicts, suffixed in attack(model, tokenizer, sets["unsafe"], max_len) if attacked else ():
+        found += shares(name, verdicts)
+        if suffixed:
+            inputs["adv"] = suffixed                                        # the longest suffix comes last
     a, a_hat = {}, {}
     for name, prompts in tqdm(inputs.items(), desc="look inside", leave=False):
         a[name], a_hat[name] = mlp_streams(model, prompts)

@@ -13,6 +13,12 @@ def line(axis, x, seeds, label, **style):
         axis.plot(x, values, color=drawn.get_color(), linestyle=drawn.get_linestyle(), alpha=0.25, linewidth=0.8)
 
 
+def share_line(axis, x, series, protocol, cells, label):
+    """A line of shares, in %, one (set, metric) for every x."""
+    columns = [series.seeds(protocol, *cell) for cell in cells]
+    line(axis, x, [[100 * values[0] for values in seed] for seed in zip(*columns)], label)
+
+
 def grid(n, title, width=3.2, height=2.8, **options):
     figure, axes = pyplot().subplots(1, n, figsize=(width * n, height), squeeze=False, **options)
     axes[0, 0].set_ylabel(title, fontsize=8)
@@ -53,8 +59,8 @@ def draw_attacks(series):
     figure, axes = grid(2, "% of unsafe prompts answered", sharey=True)
     for axis, attack in zip(axes, ("adv", "prefill")):
         for protocol in series.protocols(f"{attack}_1", "comply"):
-            columns = [series.seeds(protocol, name, "comply") for name in ("unsafe", *(f"{attack}_{k}" for k in ATTACK_TOKENS))]
-            line(axis, (0, *ATTACK_TOKENS), [[100 * cell[0] for cell in row] for row in zip(*columns)], protocol)
+            cells = [(name, "comply") for name in ("unsafe", *(f"{attack}_{k}" for k in ATTACK_TOKENS))]
+            share_line(axis, (0, *ATTACK_TOKENS), series, protocol, cells, protocol)
         axis.set(xlabel={"adv": "tokens of soft suffix", "prefill": "tokens of prefill"}[attack])
     axes[0].legend(frameon=False, fontsize=7)
     return figure
@@ -76,6 +82,7 @@ def draw_tau(series):
 
 
 def draw_column_space(series):
+    """sin θ per layer, a line per protocol, and what a random direction has."""
     figure, (axis,) = grid(1, "sin θ of ΔW against W's column space", width=4.5)
     for protocol in series.protocols(None, "sin_theta"):
         line(axis, series.layers(protocol, None, "sin_theta"), series.seeds(protocol, None, "sin_theta"), protocol)
@@ -93,8 +100,7 @@ def draw_answers_between(series):
     figure, axes = grid(len(protocols), "% answered", width=2.8, height=3, sharey=True)
     for axis, protocol in zip(axes, protocols):
         for name in series.sets(protocol, f"comply_alpha_{ALPHAS[0]}"):
-            columns = [series.seeds(protocol, name, f"comply_alpha_{alpha}") for alpha in ALPHAS]
-            line(axis, ALPHAS, [[100 * cell[0] for cell in row] for row in zip(*columns)], name)
+            share_line(axis, ALPHAS, series, protocol, [(name, f"comply_alpha_{alpha}") for alpha in ALPHAS], name)
         axis.axvline(1, color="grey", linewidth=0.5)
         axis.set(title=protocol, xlabel="α")
     axes[0].legend(frameon=False, fontsize=6)

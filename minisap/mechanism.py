@@ -147,7 +147,7 @@ class Watch:
         self.W_start = [w.detach().clone() for w in W]
         self.lora = {f"{name}.weight" for name, *_ in lora_layers(model)}
         names = self.lora or {name for name, w in model.named_parameters() if name.endswith("proj.weight")}
-        self.start = {name: w.detach().clone() for name, w in model.named_parameters() if name in names and not self.lora}
+        self.start = {} if self.lora else {name: w for (name, _), w in zip(model.named_parameters(), self.W_start) if name in names}
         self.writing = safety_writing(before, model, sorted(names)) if before else {}
 
     def changes(self, model):

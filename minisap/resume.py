@@ -7,6 +7,11 @@ from minisap.checkpoint import read_object, write_json, write_whole
 from minisap.sap import put
 
 
+def occupied(folder):
+    """Whether a folder holds more than the *.part files that an interruption leaves."""
+    return folder.exists() and any(file.suffix != ".part" for file in folder.iterdir())
+
+
 def claim_out_dir(args):
     """Make OUT_DIR, or with --resume check that it holds a run of the same arguments and rows. No run is ever overwritten.
     Methods are not among the arguments: each has its directory, and more can join a run later."""
@@ -14,7 +19,7 @@ def claim_out_dir(args):
     wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("resume", "method")}
     if not args.resume:
-        if args.out_dir.exists() and any(file.suffix != ".part" for file in args.out_dir.iterdir()):       # of an interruption
+        if occupied(args.out_dir):
             raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
         args.out_dir.mkdir(parents=True, exist_ok=True)
         return write_json(file, wanted)

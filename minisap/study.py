@@ -17,6 +17,7 @@ from tqdm import tqdm
 from minisap.checkpoint import load_model, read_json, read_object, write_json, write_whole
 from minisap.compare import answers_between, check_sets, measure
 from minisap.mechanism import last_watched
+from minisap.resume import occupied
 from minisap.tokenizer import Tokenizer
 from minisap.world import TRAINED, World, write_random_checkpoint
 
@@ -88,7 +89,7 @@ def claim_folder(folder, settings):
     """Make the study's directory, or check that it holds this study, of whatever seeds."""
     file = folder / "study_args.json"
     if not file.exists():
-        if folder.exists() and any(file.suffix != ".part" for file in folder.iterdir()):       # of an interruption
+        if occupied(folder):
             raise ValueError(f"--out_dir {folder}: holds something else; choose another")
         folder.mkdir(parents=True, exist_ok=True)
         return write_json(file, settings)

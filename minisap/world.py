@@ -139,7 +139,7 @@ class World:
     REFUSALS = (REFUSAL,)
 
     # What train.py takes for its built-in rows, where the checkpoint is of this world.
-    @cached_property
+    @property
     def safe_rows(self):
         return self.rows("safe", USED["safe"])[TRAINED:]
 

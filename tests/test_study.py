@@ -174,21 +174,28 @@ def test_pictures_show_means_over_seeds(canvas, tmp_path):
     assert label == "safe" and x == list(ALPHAS) and y == pytest.approx([100 * alpha * (1 + 1 / 3) / 2 for alpha in ALPHAS])
 
 
-def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
-    """With two steps a stage, and records that stand for those of any model: every record, every picture, nothing twice; what was
-    interrupted goes on; another study is refused."""
+def test_a_command_that_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(study.subprocess, "run", lambda command, cwd: subprocess.CompletedProcess(command, 2))
+    with pytest.raises(ValueError, match="instruct: the command above failed"):
+        study.train(tmp_path, "instruct", seed=0)
+
+
+def mark(model):
+    """A number that tells models apart."""
+    return sum(w.sum().item() for w in model.parameters())
+
+
+@pytest.fixture
+def short_study(monkeypatch, canvas):
+    """The commands of a study of two steps a stage, run in-process. Records stand for those of any model, but for two metrics: "fisher"
+    is the mark of the model, "rank" that of the one before it."""
     commands = []
-    mark = lambda model: sum(w.sum().item() for w in model.parameters())
 
     def in_process(command, cwd):
         commands.append(command)
         monkeypatch.chdir(cwd)
         train_script.main(command[2:])
         return subprocess.CompletedProcess(command, 0)
-
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="instruct: the command above failed"):
-        patch.setattr(study.subprocess, "run", lambda command, cwd: subprocess.CompletedProcess(command, 2))
-        study.train(tmp_path, "instruct", seed=0)
 
     short = lambda flags: " ".join([*flags.split(), *"--steps 2 --n_eval 2 --batch_size 4 --pairs 4 --pairs_per_step 2 --watch_every 1".split()])
     monkeypatch.setattr(study, "ROWS", {"instruct": 40, "safe": 40, "unsafe": 40})
@@ -202,7 +209,23 @@ def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
         r | {"value": marks[r["metric"]](model, before)} if r["metric"] in marks else r for r in whole])
     between = answers_between(load_model(TINY / "instruct"), load_model(TINY), Tokenizer(TINY), World(0).sets(2))
     monkeypatch.setattr(study, "answers_between", lambda *arguments: between)
-    out_dir = tmp_path / "study"
+    return commands
+
+
+def assert_records_are_of_their_models(records, folder):
+    checkpoints = {"instruct": "instruct/pretrain", "continued": "continued/sft", "sft": "poisoned/sft", "sap": "poisoned/sap"} | {
+        protocol: f"aligned/{protocol}" for protocol in PROTOCOLS}
+    weights = {protocol: mark(load_model(folder / checkpoint)) for protocol, checkpoint in checkpoints.items()}
+    of = lambda protocol, metric: {r["value"] for r in records if r["protocol"] == protocol and r["metric"] == metric}
+    for protocol in checkpoints:
+        parent = {"sft": "ssft", "sap": "ssft"}.get(protocol, "instruct")
+        assert of(protocol, "fisher") == {weights[protocol]}
+        assert of(protocol, "rank") == ({weights[parent]} if protocol != "instruct" else {None})
+
+
+def test_the_study_runs_and_is_kept(short_study, tmp_path, capsys, canvas):
+    """Every record, every picture, nothing twice; what was interrupted goes on; another study is refused."""
+    out_dir, commands = tmp_path / "study", short_study
     arguments = ["--study", "world", "--seeds", "3", "--n_eval", "2", "--out_dir", str(out_dir), "--plot"]
     probe_script.main(arguments)
     records = read_json(out_dir / "study.json")
@@ -210,14 +233,7 @@ def test_the_study_runs_and_is_kept(tmp_path, monkeypatch, capsys, canvas):
     assert {r["protocol"] for r in records} == {*study.MODELS, None} and len([r for r in records if not r["protocol"]]) == len(OBSERVATIONS)
     assert canvas.figures.keys() == FIGURES.keys()
     assert Tokenizer(out_dir / "seed3/poisoned/sap").world_seed == 3 and "--seed 3" in capsys.readouterr().out
-    checkpoints = {"instruct": "instruct/pretrain", "continued": "continued/sft", "sft": "poisoned/sft", "sap": "poisoned/sap"} | {
-        protocol: f"aligned/{protocol}" for protocol in PROTOCOLS}
-    weights = {protocol: mark(load_model(out_dir / "seed3" / checkpoint)) for protocol, checkpoint in checkpoints.items()}
-    of = lambda protocol, metric: {r["value"] for r in records if r["protocol"] == protocol and r["metric"] == metric}
-    for protocol in checkpoints:
-        parent = {"sft": "ssft", "sap": "ssft"}.get(protocol, "instruct")
-        assert of(protocol, "fisher") == {weights[protocol]}
-        assert of(protocol, "rank") == ({weights[parent]} if protocol != "instruct" else {None})
+    assert_records_are_of_their_models(records, out_dir / "seed3")
     done = len(commands)
     probe_script.main(arguments)
     assert len(commands) == done and read_json(out_dir / "study.json") == records
