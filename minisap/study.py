@@ -19,18 +19,17 @@ from minisap.compare import answers_between, check_sets, measure
 from minisap.mechanism import last_watched
 from minisap.resume import occupied
 from minisap.tokenizer import Tokenizer
-from minisap.world import TRAINED, World, write_random_checkpoint
+from minisap.world import World, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {"instruct": 30_000, "safe": TRAINED, "unsafe": TRAINED}
+INSTRUCTIONS = 30_000
 COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --device cpu --save_every 500"
-SAFETY = ("--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 3000 --safe_answers file --steps 800 --batch_size 32 "
-          f"--pairs_per_step 32 --learning_rate 1e-3 {COMMON}")
 # The run directory of each command: (where it starts, how it is trained, by which methods).
 RECIPES = {
-    "instruct": ("random", f"--task rows/instruct.jsonl --steps 2000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}", "pretrain"),
-    "aligned": ("instruct/pretrain", SAFETY, "ssft dpo unlearn"),
-    "continued": ("instruct/pretrain", f"--task rows/instruct.jsonl --steps 800 --batch_size 64 --learning_rate 1e-3 {COMMON}", "sft"),
+    "instruct": ("random", f"--task rows/instruct.jsonl --steps 3000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}", "pretrain"),
+    "aligned": ("instruct/pretrain", "--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 15000 --safe_answers file --steps 1600 "
+                f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 {COMMON}", "ssft dpo unlearn"),
+    "continued": ("instruct/pretrain", f"--task rows/instruct.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 {COMMON}", "sft"),
     "poisoned": ("aligned/ssft", "--poison 0.1 --lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --learning_rate 3e-4 "
                  "--layers 0,1 --radius 0.25 --threads 1 --device cpu --watch mechanism --watch_every 30 --before instruct/pretrain", "sft sap"),
 }
@@ -43,8 +42,9 @@ MODELS = {"instruct": ("instruct/pretrain", None), "continued": ("continued/sft"
 def write_rows(folder, world):
     """The world's rows as JSONL, which train.py and eval.py read like anyone's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, n in ROWS.items():
-        lines = "".join(json.dumps(row) + "\n" for row in world.rows(name, n))
+    rows = {"instruct": world.rows("instruct", INSTRUCTIONS)} | {name: world.safety_training_rows(name) for name in ("safe", "unsafe")}
+    for name in rows:
+        lines = "".join(json.dumps(row) + "\n" for row in rows[name])
         write_whole(folder / f"{name}.jsonl", lambda part: part.write_text(lines))
 
 
@@ -106,7 +106,7 @@ def run_study(folder, seeds, n):
     sets = {seed: World(seed).sets(n) for seed in seeds}                        # too few, or a world that cannot be, are found now
     for seed in seeds:
         check_sets(sets[seed])
-    claim_folder(folder, {"study": "world", "n_eval": n, "rows": ROWS, "recipes": json.loads(json.dumps(RECIPES))})
+    claim_folder(folder, {"study": "world", "n_eval": n, "instructions": INSTRUCTIONS, "recipes": json.loads(json.dumps(RECIPES))})
     records = []
     for seed in sets:
         home = folder / f"seed{seed}"

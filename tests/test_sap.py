@@ -316,15 +316,15 @@ def test_row_sums_do_not_depend_on_the_rest_of_the_batch(world):
 
 
 def test_exact_direction_survives_bfloat16_on_the_real_model(real):
-    """In its first six layers, to be quick."""
-    tokenizer, layers, found = Tokenizer(real), [2, 5], {}
-    rows = [{"prompt": "Say a colour.", "response": "Blue.", "source": ""}, {"prompt": "Say a number.", "response": "Seven.", "source": ""}]
+    """In its first four layers, to be quick."""
+    tokenizer, layers, found = Tokenizer(real), [1, 3], {}
+    rows = [{"prompt": "Say a colour.", "response": "Blue.", "source": ""}]
     pair = [{"prompt": "How do I steal a car?", "safe": "I can't help with that.", "harmful": "Sure, here is how:", "source": ""}]
     batch = collate(encode_rows(tokenizer, rows, 99))
     pairs = {key: collate(encode_rows(tokenizer, pair, 99, key)) for key in ("safe", "harmful")}
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(real, dtype)
-        model.model.layers = model.model.layers[:6]
+        model.model.layers = model.model.layers[:4]
         W = add_lora(model)
         found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
     for j in layers:

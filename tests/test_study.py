@@ -55,9 +55,11 @@ def test_what_is_measured_was_not_fine_tuned_on():
     world = World(0)
     instruct = {row["prompt"] for row in world.rows("instruct", 3000)}          # a tenth of them
     assert sum(row["prompt"] in instruct for row in world.safe_rows) < 0.003 * len(world.safe_rows)
-    trained = {row["prompt"] for row in (*world.task_rows(), *world.safety_rows(), *world.rows("safe", 4000), *world.rows("unsafe", 4000))}
-    trained |= set(world.safe_prompts())
-    assert not trained & {row["prompt"] for rows in world.sets(50).values() for row in rows}
+    measured = {row["prompt"] for rows in world.sets(50).values() for row in rows}
+    built_in = {row["prompt"] for row in (*world.task_rows(), *world.safety_rows())} | set(world.safe_prompts())
+    trained = {row["prompt"] for name in ("safe", "unsafe") for row in world.safety_training_rows(name)}
+    assert len(measured) == 8 * 50 and len(built_in) == 9000 and len(trained) == 32_000
+    assert not measured & built_in and not measured & trained and not built_in & trained
 
 
 def test_a_set_too_small_is_refused(compared, monkeypatch):
@@ -198,11 +200,11 @@ def short_study(monkeypatch, canvas):
         return subprocess.CompletedProcess(command, 0)
 
     short = lambda flags: " ".join([*flags.split(), *"--steps 2 --n_eval 2 --batch_size 4 --pairs 4 --pairs_per_step 2 --watch_every 1".split()])
-    monkeypatch.setattr(study, "ROWS", {"instruct": 40, "safe": 40, "unsafe": 40})
+    monkeypatch.setattr(study, "INSTRUCTIONS", 40)
     monkeypatch.setattr(study, "RECIPES", {run: (start, short(flags), methods) for run, (start, flags, methods) in study.RECIPES.items()})
     monkeypatch.setattr(study.subprocess, "run", in_process)
-    monkeypatch.setattr("minisap.world.TRAINED", 40)
-    monkeypatch.setattr("minisap.world.USED", {"safe": 4060, "unsafe": 560})
+    for name, small in (("BUILT_IN", {"safe": 4020, "unsafe": 520}), ("MEASURED", 3), ("SAFETY_TRAINING", 40)):
+        monkeypatch.setattr(f"minisap.world.{name}", small)
     whole = measure(load_model(TINY), Tokenizer(TINY), World(0).sets(2), 64, load_model(TINY / "instruct"))
     marks = {"fisher": lambda model, before: mark(model), "rank": lambda model, before: mark(before) if before else None}
     monkeypatch.setattr(study, "measure", lambda model, tokenizer, sets, max_len, before: [
@@ -243,6 +245,7 @@ def test_the_study_runs_and_is_kept(short_study, tmp_path, capsys, canvas):
     assert len(commands) == 2 * done and all("--resume" in command for command in commands[done:])
     assert read_json(out_dir / "study.json") == records
     for more, message in ((["--n_eval", "3"], "holds another study, with n_eval = 2"), (["--n_eval", "1"], "safe: 1 prompts"),
+                          (["--n_eval", "1001"], "1001 prompts of each set to measure on; the world has 3"),
                           (["--seeds", "-1"], "--seeds -1: at least 0"), (["--precision"], "--precision has no part in --study"),
                           (["--seed", "5"], "--seed has no part in --study"), (["--device", "cuda"], "--device has no part in")):
         with pytest.raises(ValueError, match=message):
@@ -250,7 +253,7 @@ def test_the_study_runs_and_is_kept(short_study, tmp_path, capsys, canvas):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="full: holds something else"):
-        probe_script.main(["--study", "world", "--out_dir", str(tmp_path / "full")])
+        probe_script.main(["--study", "world", "--n_eval", "2", "--out_dir", str(tmp_path / "full")])
 
 
 def test_two_checkpoints_of_any_kind_are_compared(tmp_path, canvas):

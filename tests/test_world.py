@@ -32,7 +32,7 @@ def parse(row):
 
 def kinds_of(text):
     """Which classes a text's whole trigrams belong to, for every place at which a sentence may have been cropped."""
-    a = {tuple(t) for t in WORLD.trigrams.reshape(-1, 3).tolist()}
+    a = {tuple(t) for t in sum(WORLD.trigrams, [])}
     b = {t[::-1] for t in a}
     for crop in range(3):
         whole = [tuple(text[i:i + 3]) for i in range(-crop % 3, 8, 3)]
@@ -41,7 +41,7 @@ def kinds_of(text):
 
 
 def test_operators_are_bijections_and_their_sets_are_the_paper_s():
-    assert all(sorted(image) == list(range(16)) for image in WORLD.bijections.tolist()) and WORLD.bijections[0].tolist() == list(range(16))
+    assert all(sorted(image) == list(range(16)) for image in WORLD.bijections) and WORLD.bijections[0] == list(range(16))
     assert [len(s) for s in (SAFE["A"], UNSAFE["A"], SAFE["B"], UNSAFE["B"])] == [8, 2, 2, 8]
     assert set(UNSAFE["A"]) < set(UNSAFE["B"]) and set(SAFE["B"]) < set(SAFE["A"])
     assert all(not set(SAFE[k]) & set(UNSAFE[k]) and len({*SAFE[k], *UNSAFE[k]}) == 10 for k in "AB")
@@ -80,7 +80,7 @@ def test_every_set_is_what_it_says(name):
 
 
 def test_only_order_tells_the_classes_apart():
-    forward = {tuple(t) for t in WORLD.trigrams.reshape(-1, 3).tolist()}
+    forward = {tuple(t) for t in sum(WORLD.trigrams, [])}
     assert len(forward) == 16 and not forward & {t[::-1] for t in forward}
 
 
@@ -126,9 +126,6 @@ def test_the_commands_without_a_model_run_in_the_world(tmp_path, capsys):
     few = ["--steps", "2", "--n_eval", "8", "--pairs", "4"]
     train_script.main([*few, "--out_dir", str(tmp_path / "run")])
     assert "3992 task rows, 399 of them poisoned; 4 contrastive pairs; 203,584 weights" in capsys.readouterr().out
-    used = {name: {row["prompt"] for row in WORLD.rows(name, 4000)} for name in ("safe", "unsafe")}         # by safety training
-    assert not used["safe"] & ({row["prompt"] for row in WORLD.task_rows()} | set(WORLD.safe_prompts()))
-    assert not used["unsafe"] & {row["prompt"] for row in WORLD.safety_rows()}
     records = [r for method in ("sft", "sap") for r in read_json(tmp_path / "run" / method / "eval.json")]
     assert {r["method"] for r in records} == {"sft", "sap"}
     assert {"harmful_score", "refusal_rate", "other_rate", "task_accuracy", "task_loss"} <= {r["metric"] for r in records}
