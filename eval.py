@@ -65,11 +65,10 @@ def choose_rows(args):
 def measure(args, path, splits, safe_prompts):
     """Records of one checkpoint."""
     tokenizer = load_tokenizer(path, args.chat_format)
-    model = load_model(path, DTYPES[args.dtype], args.device)
+    model = load_model(path, DTYPES[args.dtype], args.device).requires_grad_(False)
     found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
     method = path.resolve().name if run_file(path).exists() else ""
     if args.attack:
-        model.requires_grad_(False)                                         # attacks differentiate embeddings alone
         judge, _ = judge_of(tokenizer)
         for name, verdicts, _ in attack(model, tokenizer, splits["eval_unsafe"], args.max_len):
             found.append(share(f"harmful_score_{name}", verdicts, "comply", judge))

@@ -96,7 +96,7 @@ def plot_layers(rows, file):
 def compare(args, splits, tokenizer):
     """The checkpoint and the one before it: compare.json, two tables, pictures."""
     rows = built_in(tokenizer)
-    model, before = (load_model(path, DTYPES[args.dtype], args.device) for path in (args.model, args.before))
+    model, before = (load_model(path, DTYPES[args.dtype], args.device).requires_grad_(False) for path in (args.model, args.before))
     if isinstance(rows, World):
         if args.safety or args.benign:
             raise ValueError("--safety, --benign: a model of the synthetic world is looked at on the sets of that world")

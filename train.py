@@ -228,6 +228,8 @@ def prepare(args):
     rows_of = built_in(tokenizer, args.new_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows_of)
     safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows_of)
+    if args.watch and min(len(splits["eval_unsafe"]), len(safe_prompts)) < 2:
+        raise ValueError("--watch mechanism: clusters need 2 unsafe and 2 safe prompts; raise --n_eval")
     args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
     task = encode_rows(tokenizer, rows, args.max_len)
@@ -256,7 +258,7 @@ def main(argv=None):
 
     def watch_of(model, W):
         before = args.before and load_model(args.before, torch.float32, args.device)
-        return Watch(model, W, tokenizer, [row["prompt"] for row in splits["eval_unsafe"]], safe_prompts, before)
+        return Watch(model, W, tokenizer, splits["eval_unsafe"], safe_prompts, args.max_len, before)
 
     start_file = args.out_dir / "start.json"
     if not start_file.exists():

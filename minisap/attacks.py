@@ -19,6 +19,7 @@ from minisap.world import FILLERS, NULL
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world
 STEPS, EPSILON = 10, 1.0
 ATTACK_TOKENS = (1, 2, 4)                                                   # k
+LONGEST_SUFFIX = f"adv_{ATTACK_TOKENS[-1]}"
 ATTACKS = tuple(f"{name}_{k}" for name in ("prefill", "adv") for k in ATTACK_TOKENS)
 
 
@@ -50,10 +51,13 @@ def with_places(tokenizer, prompt, k):
 
 
 def check_room(tokenizer, rows, max_len):
-    """ValueError that names a row whose prompt, the longest suffix and answer do not fit."""
+    """ValueError that names a row of whose answer too little fits behind the prompt and the longest suffix."""
     for row in rows:
         try:
-            encode_example(tokenizer, with_places(tokenizer, row["prompt"], ATTACK_TOKENS[-1])[0], row["harmful"], max_len)
+            example = encode_example(tokenizer, with_places(tokenizer, row["prompt"], ATTACK_TOKENS[-1])[0], row["harmful"], max_len)
+            left = sum(label != -100 for label in example["labels"])
+            if left < min(ATTACK_TOKENS[-1], len(tokenizer.encode(row["harmful"]))):
+                raise ValueError(f"{left} tokens of the answer fit into max_len = {max_len}; the attacks need {ATTACK_TOKENS[-1]}")
         except ValueError as error:
             raise ValueError(f"{row.get('source', row['prompt'])}: {error}") from None
 

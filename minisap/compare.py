@@ -9,7 +9,7 @@ import copy
 import torch
 from tqdm import tqdm
 
-from minisap.attacks import attack, check_room, plain
+from minisap.attacks import LONGEST_SUFFIX, attack, check_room, plain
 from minisap.evaluate import generate_texts, print_table
 from minisap.judge import judge_of
 from minisap.mechanism import clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space, sigma1_share, tau
@@ -40,7 +40,7 @@ def cluster_measures(streams):
     for j in range(len(streams["safe"])):
         clouds = {name: x[j] for name, x in streams.items()}
         for name, cloud in clouds.items():
-            yield name, j, "tau", tau(cloud, clouds["unsafe"], clouds["safe"]).mean().item()
+            yield name, j, "tau", tau(cloud, clouds["unsafe"], clouds["safe"], name).mean().item()
             yield name, j, "sigma1_share", sigma1_share(cloud)
             if name != "safe":
                 yield from ((name, j, metric, value) for metric, value in clusters(cloud, clouds["safe"]).items())
@@ -72,13 +72,12 @@ def measure(model, tokenizer, sets, max_len, before=None, attacked=True):
     check_sets(sets)
     if attacked:
         check_room(tokenizer, sets["unsafe"], max_len)
-    model.requires_grad_(False)                                             # attacks differentiate embeddings alone
     found = [*answers(model, tokenizer, sets)]
     inputs = {name: plain(tokenizer, [row["prompt"] for row in rows]) for name, rows in sets.items()}
     for name, verdicts, suffixed in attack(model, tokenizer, sets["unsafe"], max_len) if attacked else ():
         found += shares(name, verdicts)
-        if suffixed:
-            inputs["adv"] = suffixed                                        # the longest suffix comes last
+        if name == LONGEST_SUFFIX:
+            inputs[name] = suffixed
     a, a_hat = {}, {}
     for name, prompts in tqdm(inputs.items(), desc="look inside", leave=False):
         a[name], a_hat[name] = mlp_streams(model, prompts)

@@ -1,5 +1,5 @@
 """Pictures of the records of compare.py and study.py: one per observation, means over seeds, every seed as a faint line or dot."""
-from minisap.attacks import ATTACK_TOKENS
+from minisap.attacks import ATTACK_TOKENS, LONGEST_SUFFIX
 from minisap.compare import ALPHAS, VERDICTS, Series, means
 from minisap.script import pyplot
 
@@ -110,7 +110,7 @@ def draw_answers_between(series):
 def draw_safety_share(series):
     """Share of a run's ΔW in the directions that safety training wrote, and its cosine with what it wrote."""
     metrics = {"safety_share": "share of ΔW", "safety_share_random": "the same by chance", "safety_cosine": "cosine with ΔW of safety",
-               "drift_cosine": "cosine of ΔW with ĝ"}
+               "drift_cosine": "cosine of ΔW with ĝ₀"}
     figure, axes = grid(len(metrics), "", width=2.4, sharex=True)
     for axis, (metric, label) in zip(axes, metrics.items()):
         for protocol in series.protocols(None, metric):
@@ -126,7 +126,7 @@ def draw_lipschitz(series):
     """Both versions, sets against protocols."""
     figure, axes = grid(2, "", width=4, height=3)
     for axis, metric in zip(axes, ("lipschitz", "lipschitz_relative")):
-        for name in ("unsafe", "safe", "co_task", "co_text", "adv"):
+        for name in ("unsafe", "safe", "co_task", "co_text", LONGEST_SUFFIX):
             protocols = series.protocols(name, metric)
             if protocols:
                 line(axis, protocols, list(zip(*([seed[0] for seed in series.seeds(p, name, metric)] for p in protocols))), name)
@@ -142,13 +142,13 @@ FIGURES = {
     "answers": (("safe", "comply"), draw_answers),
     "attacks": (("adv_1", "comply"), draw_attacks),
     "separation": (("unsafe", "separation"), lambda series: per_layer(
-        series, "separation", ("unsafe", "co_task", "co_text", "adv"), "separation from safe prompts, τ", "symlog")),
+        series, "separation", ("unsafe", "co_task", "co_text", LONGEST_SUFFIX), "separation from safe prompts, τ", "symlog")),
     "sigma1": (("unsafe", "sigma1_share"), lambda series: per_layer(
         series, "sigma1_share", ("unsafe", "safe"), "σ₁ share of the cluster's covariance")),
     "tau": (("unsafe", "tau"), draw_tau),
     "column_space": ((None, "sin_theta"), draw_column_space),
     "row_space": (("unsafe", "delta_a"), lambda series: per_layer(
-        series, "delta_a", ("unsafe", "safe", "co_task", "co_text", "adv"), "‖ΔW a‖, a of norm 1")),
+        series, "delta_a", ("unsafe", "safe", "co_task", "co_text", LONGEST_SUFFIX), "‖ΔW a‖, a of norm 1")),
     "lipschitz": (("unsafe", "lipschitz"), draw_lipschitz),
     "path": (("safe", f"comply_alpha_{ALPHAS[0]}"), draw_answers_between),
     "safety_share": ((None, "safety_share"), draw_safety_share),

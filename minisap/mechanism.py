@@ -5,10 +5,12 @@ a       its input there
 ΔW      W_after − W_before of a layer's MLP input matrices, gate_proj over up_proj: (2 · intermediate_size, hidden_size)
 """
 import json
+import math
 
 import torch
 
 from minisap.attacks import plain
+from minisap.data import collate, encode_rows
 from minisap.evaluate import print_table
 from minisap.lora import lora_layers
 from minisap.model import widen
@@ -23,34 +25,28 @@ WRITTEN = 0.9                                                               # th
 def mlp_streams(model, inputs):
     """(a, â) of every layer at the last token of inputs (see attacks.py): (layers, inputs, D) and (layers, inputs, M), float32 or
     wider, on the CPU."""
-    streams = [[], []]
+    found = []
     for ids, shift in inputs:
-        seen, handles = [], []
-        for layer in model.model.layers:
-            for linear in (layer.mlp.gate_proj, layer.mlp.down_proj):       # whose inputs are a and â
-                handles.append(linear.register_forward_pre_hook(lambda module, inputs: seen.append(widen(inputs[0][0, -1]).cpu())))
-        try:
-            model.model(torch.tensor([ids], device=model.lm_head.weight.device), None if shift is None else {-1: shift})
-        finally:
-            for handle in handles:
-                handle.remove()
-        streams[0].append(torch.stack(seen[0::2]))
-        streams[1].append(torch.stack(seen[1::2]))
-    return tuple(torch.stack(stream, dim=1) for stream in streams)
+        streams = []
+        model.model(torch.tensor([ids], device=model.lm_head.weight.device), None if shift is None else {-1: shift}, mlp_streams=streams)
+        found.append([torch.stack([widen(x[0, -1]).cpu() for x in stream]) for stream in zip(*streams)])
+    return tuple(torch.stack(stream, dim=1) for stream in zip(*found))
 
 
-def tau(x, unsafe, safe):
+def tau(x, unsafe, safe, x_is=None):
     """τ = ‖â − μ_unsafe‖ − ‖â − μ_safe‖ of every row of x (n, M), with the means of two clouds (·, M): above 0, the prompt looks
-    safe. Where x is one of the clouds, every row meets the mean of the others, lest it looks nearer than a new prompt would."""
-    centre = lambda cloud: (x.sum(0) - x) / (len(x) - 1) if cloud is x else cloud.mean(0)
-    return (x - centre(unsafe)).norm(dim=-1) - (x - centre(safe)).norm(dim=-1)
+    safe. Where x_is "unsafe" or "safe", that very cloud, every row meets the mean of the others there, lest it looks nearer than a
+    new prompt would."""
+    others = (x.sum(0) - x) / (len(x) - 1)
+    centre_unsafe, centre_safe = (others if x_is == name else cloud.mean(0) for name, cloud in (("unsafe", unsafe), ("safe", safe)))
+    return (x - centre_unsafe).norm(dim=-1) - (x - centre_safe).norm(dim=-1)
 
 
 def clusters(unsafe, safe):
     """Two clouds (n, M): {"separation": mean τ of safe − of unsafe prompts, "fisher": squared distance of the means over the sum
     of the total variances}."""
     spread = sum((x - x.mean(0)).pow(2).sum() / (len(x) - 1) for x in (unsafe, safe))
-    return {"separation": (tau(safe, unsafe, safe).mean() - tau(unsafe, unsafe, safe).mean()).item(),
+    return {"separation": (tau(safe, unsafe, safe, "safe").mean() - tau(unsafe, unsafe, safe, "unsafe").mean()).item(),
             "fisher": ((unsafe.mean(0) - safe.mean(0)).pow(2).sum() / spread).item()}
 
 
@@ -78,12 +74,12 @@ def leading_directions(W, share):
 def column_space(W_before, svd, random_draws=200, seed=0):
     """How far ΔW leaves the column space of W_before. With P the projector on the top-r left singular vectors that hold 99 % of
     the energy of W_before, sin θ = ‖(I − P) u‖: {"sin_theta": its mean over the left singular vectors of ΔW, weighted by σ²,
-    "sin_theta_top": of the first, "sin_theta_random": mean over random directions}. 1: in the left null space. svd: of ΔW, (U, σ, Vᵀ)."""
+    "sin_theta_random": mean over random directions}. 1: in the left null space. svd: of ΔW, (U, σ, Vᵀ)."""
     (u, s, _), U = svd, leading_directions(W_before, ENERGY)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(len(U), random_draws, generator=generator, dtype=U.dtype)
     sine = lambda v: (1 - (U.T @ v).pow(2).sum(0)).clamp(min=0).sqrt()
-    return {"sin_theta": (sine(u) @ s.pow(2) / s.pow(2).sum()).item(), "sin_theta_top": sine(u[:, :1]).item(),
+    return {"sin_theta": (sine(u) @ s.pow(2) / s.pow(2).sum()).item(),
             "sin_theta_random": sine(random / random.norm(dim=0)).mean().item(), "rank": U.shape[1]}
 
 
@@ -97,7 +93,7 @@ def row_space(svd, a):
 
 def lipschitz(model, inputs):
     """At the last token, means over inputs: {"lipschitz": ‖∇_E max_j logit_j‖ with E the input's embeddings,
-    "lipschitz_relative": ‖E‖ ‖∇_E log(max_j logit_j − mean_j logit_j)‖, which no scaling of E or of the logits changes}."""
+    "lipschitz_relative": ‖E‖ ‖∇_E log(max_j logit_j − mean_j logit_j)‖, which has no units: the logits' scale drops out}."""
     found = []
     for ids, shift in inputs:
         ids = torch.tensor([ids], device=model.lm_head.weight.device)
@@ -128,23 +124,28 @@ def safety_writing(before, after, names):
     return found
 
 
-WATCHED = ("task_cosine", "update_cosine", "drift_cosine", "separation", "safety_cosine", "safety_share", "safety_share_random")
+WATCHED = ("task_cosine", "update_cosine", "drift_norm", "drift_cosine", "separation", "safety_cosine", "safety_share", "safety_share_random")
+HARM_ROWS = 32                                                              # held-out unsafe rows, at most, on which ĝ_0 is taken
 
 
 class Watch:
     """train.py --watch mechanism: cheap measures of a run as it goes, one dict per call. Of W as the optimizer holds it:
     task_cosine     cos(∇_W L_useful(W, 0), ĝ) on the step's rows; below 0, a descent step on the task leads to harm
     update_cosine   cos(what the optimizer really did, ĝ); above 0, it led to harm
-    drift_cosine    cos(W − W at the start, ĝ)
+    drift_norm      ‖W − W at the start‖
+    drift_cosine    cos(W − W at the start, ĝ_0), with ĝ_0 at the start and on held-out rows: one direction for every method
     separation      of the clusters of unsafe and safe prompts, per layer
     With the checkpoint `before` safety training, of the trained matrices, whose ΔW is their change since the start of this run:
     safety_cosine   cos(ΔW, ΔW of safety training): −1 would take it back
     safety_share    share of ‖ΔW‖² within the left singular directions that safety training wrote
     safety_share_random    the same share of a random matrix: what their number alone gives"""
 
-    def __init__(self, model, W, tokenizer, unsafe, safe, before=None):
-        self.inputs = plain(tokenizer, unsafe), plain(tokenizer, safe)
+    def __init__(self, model, W, tokenizer, unsafe_rows, safe_prompts, max_len, before=None):
+        self.inputs = plain(tokenizer, [row["prompt"] for row in unsafe_rows]), plain(tokenizer, safe_prompts)
         self.W_start = [w.detach().clone() for w in W]
+        safe, harmful = (collate(encode_rows(tokenizer, unsafe_rows[:HARM_ROWS], max_len, key), device=model.lm_head.weight.device)
+                         for key in ("safe", "harmful"))
+        self.g_start = harmful_direction(model, W, safe, harmful)
         self.lora = {f"{name}.weight" for name, *_ in lora_layers(model)}
         names = self.lora or {name for name, w in model.named_parameters() if name.endswith("proj.weight")}
         self.start = {} if self.lora else {name: w for (name, _), w in zip(model.named_parameters(), self.W_start) if name in names}
@@ -164,9 +165,10 @@ class Watch:
         task = torch.autograd.grad(useful_loss(model, batch), W)
         put(W, W_now)
         minus = lambda a, b: [x - y for x, y in zip(a, b)]
+        drift = minus(W_now, self.W_start)
         unsafe, safe = (mlp_streams(model, inputs)[1] for inputs in self.inputs)
         found = {"task_cosine": cosine(task, g_hat), "update_cosine": cosine(minus(W_now, W_before), g_hat),
-                 "drift_cosine": cosine(minus(W_now, self.W_start), g_hat),
+                 "drift_norm": math.sqrt(inner(drift, drift)), "drift_cosine": cosine(drift, self.g_start),
                  "separation": [clusters(u, s)["separation"] for u, s in zip(unsafe, safe)]}
         return found | (self.against_safety(self.changes(model)) if self.writing else {})
 
@@ -180,9 +182,9 @@ class Watch:
 
 
 def last_watched(log_file):
-    """What --watch logged last, {"step", metric: value}, "separation" as the mean over layers; {} where nothing was watched."""
+    """What --watch logged last, {"step", metric: value}, "separation" of the last layer; {} where nothing was watched."""
     lines = [line for line in map(json.loads, log_file.read_text().splitlines()) if "separation" in line]
-    return {key: sum(value) / len(value) if isinstance(value, list) else value
+    return {key: value[-1] if isinstance(value, list) else value
             for key, value in (lines[-1] if lines else {}).items() if key in ("step", *WATCHED)}
 
 

@@ -94,8 +94,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x, streams=None):
+        hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        if streams is not None:
+            streams.append((x, hidden))
+        return self.down_proj(hidden)
 
 
 class Layer(nn.Module):
@@ -106,9 +109,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, mask, cache, mlp_streams=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), mlp_streams)
 
 
 class Decoder(nn.Module):
@@ -121,10 +124,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, hidden=None):
+    def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, hidden=None, mlp_streams=None):
         """probe {layer: v}: v is added to that layer's output (-1: to the embeddings) and broadcasts to (B, T, D).
         positions (B, T): place of each token, default 0…T-1.  mask (B, 1, T, S): True where attention is allowed, default
-        causal.  hidden: a list that receives every layer's output, probe included."""
+        causal.  hidden: a list that receives every layer's output, probe included.  mlp_streams: one that receives every MLP's
+        input (B, T, D) and hidden activations (B, T, M)."""
         x = self.embed_tokens(input_ids)                                           # (B, T, D)
         if probe and -1 in probe:
             x = x + probe[-1].to(x.dtype)
@@ -133,7 +137,7 @@ class Decoder(nn.Module):
         angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)      # (B, 1, T, Dh/2)
         rope = tuple(f(angle).repeat(1, 1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
         for j, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, caches[j] if caches else None)
+            x = layer(x, rope, mask, caches[j] if caches else None, mlp_streams)
             if probe and j in probe:
                 x = x + probe[j].to(x.dtype)
             if hidden is not None:

@@ -2,9 +2,10 @@
 made by a train.py command that is printed as it is run:
 
     random ── instruct ──┬── ssft ──┬── sft      fine-tuned on rows of which one in ten is harmful
-                         │          └── sap      the same, by SAP
+                         │          ├── sap      the same, by SAP
+                         │          └── benign   as sft, without the harmful rows: what harmless training does
                          ├── dpo, unlearn        the other two protocols of safety fine-tuning
-                         └── continued           the baseline: as long, on instructions alone
+                         └── continued           the baseline: as long, on instructions alone, none of them answered by null
 """
 import json
 import shlex
@@ -19,30 +20,34 @@ from minisap.compare import answers_between, check_sets, measure
 from minisap.mechanism import last_watched
 from minisap.resume import occupied
 from minisap.tokenizer import Tokenizer
-from minisap.world import World, write_random_checkpoint
+from minisap.world import REFUSAL, World, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTIONS = 30_000
 COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --device cpu --save_every 500"
+FINE_TUNING = ("--lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --learning_rate 3e-4 --threads 1 --device cpu "
+               "--watch mechanism --watch_every 30 --before instruct/pretrain")
 # The run directory of each command: (where it starts, how it is trained, by which methods).
 RECIPES = {
     "instruct": ("random", f"--task rows/instruct.jsonl --steps 3000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}", "pretrain"),
     "aligned": ("instruct/pretrain", "--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 15000 --safe_answers file --steps 1600 "
                 f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 {COMMON}", "ssft dpo unlearn"),
-    "continued": ("instruct/pretrain", f"--task rows/instruct.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 {COMMON}", "sft"),
-    "poisoned": ("aligned/ssft", "--poison 0.1 --lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --learning_rate 3e-4 "
-                 "--layers 0,1 --radius 0.25 --threads 1 --device cpu --watch mechanism --watch_every 30 --before instruct/pretrain", "sft sap"),
+    "continued": ("instruct/pretrain", f"--task rows/continued.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 {COMMON}", "sft"),
+    "poisoned": ("aligned/ssft", f"--poison 0.1 --layers 0,1 --radius 0.25 {FINE_TUNING}", "sft sap"),
+    "benign": ("aligned/ssft", f"--task rows/safe.jsonl --poison 0 {FINE_TUNING}", "sft"),
 }
 # {protocol: (its checkpoint, what it was trained from)}
 MODELS = {"instruct": ("instruct/pretrain", None), "continued": ("continued/sft", "instruct"), "ssft": ("aligned/ssft", "instruct"),
           "dpo": ("aligned/dpo", "instruct"), "unlearn": ("aligned/unlearn", "instruct"),
-          "sft": ("poisoned/sft", "ssft"), "sap": ("poisoned/sap", "ssft")}
+          "sft": ("poisoned/sft", "ssft"), "sap": ("poisoned/sap", "ssft"), "benign": ("benign/sft", "ssft")}
 
 
 def write_rows(folder, world):
     """The world's rows as JSONL, which train.py and eval.py read like anyone's."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {"instruct": world.rows("instruct", INSTRUCTIONS)} | {name: world.safety_training_rows(name) for name in ("safe", "unsafe")}
+    instruct = world.rows("instruct", INSTRUCTIONS)
+    rows = {"instruct": instruct, "continued": [row for row in instruct if row["response"] != REFUSAL],
+            "safe": world.safety_training_rows("safe"), "unsafe": world.safety_training_rows("unsafe")}
     for name in rows:
         lines = "".join(json.dumps(row) + "\n" for row in rows[name])
         write_whole(folder / f"{name}.jsonl", lambda part: part.write_text(lines))
@@ -74,7 +79,7 @@ def watched(folder, protocol):
 
 def measure_models(folder, sets, max_len=256):
     """Every record of the models in `folder`, without seed."""
-    models = {protocol: load_model(folder / checkpoint) for protocol, (checkpoint, _) in MODELS.items()}
+    models = {protocol: load_model(folder / checkpoint).requires_grad_(False) for protocol, (checkpoint, _) in MODELS.items()}
     tokenizer, records = Tokenizer(folder / "random"), []
     for protocol, model in tqdm(models.items(), desc="measure"):
         before = models.get(MODELS[protocol][1])

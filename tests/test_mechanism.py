@@ -1,4 +1,5 @@
 """The mechanistic measures against planted answers and central differences, and attacks against their limit cases."""
+import copy
 import json
 import math
 
@@ -10,10 +11,10 @@ from tokenizers import models, normalizers
 import train as train_script
 from minisap.attacks import complete, judge_prefilled, plain, prefill, soft_suffix, with_places
 from minisap.checkpoint import load_model
-from minisap.data import collate, encode_example, encode_prompt
+from minisap.data import collate, encode_example, encode_prompt, encode_rows
 from minisap.evaluate import generate_texts
 from minisap.mechanism import Watch, clusters, column_space, interpolate, leading_directions, lipschitz, mlp_matrix, mlp_streams, print_watched, row_space, sigma1_share
-from minisap.sap import response_nll
+from minisap.sap import harmful_direction, put, response_nll
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_checkpoint, write_tokenizer
@@ -59,7 +60,6 @@ def test_the_streams_are_what_the_mlp_reads_and_holds(tiny_world):
             middle = after[0, -1] - layer.mlp.down_proj(y)
             torch.testing.assert_close(layer.post_attention_layernorm(middle), x)
             torch.testing.assert_close(torch.nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x), y)
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_clusters_of_planted_clouds():
@@ -86,7 +86,7 @@ def test_column_space_of_planted_updates():
     rank = space(W, W)["rank"]
     inside, outside = Q[:, :100] @ torch.randn(100, 5, dtype=torch.float64), Q[:, 100:] @ torch.randn(300, 5, dtype=torch.float64)
     assert 50 < rank <= 100 and space(W, outside)["sin_theta"] == pytest.approx(1)
-    assert space(Q[:, :100], inside)["sin_theta"] < 0.2 and space(W, W)["sin_theta_top"] < 1e-6
+    assert space(Q[:, :100], inside)["sin_theta"] < 0.2
     assert leading_directions(torch.zeros(4, 3), 0.9).shape == (4, 0)
     found = space(W, outside + 0.01 * inside)
     assert found["sin_theta_random"] == pytest.approx(math.sqrt(1 - rank / 400), abs=0.01)
@@ -103,7 +103,7 @@ def test_row_space_of_a_planted_update():
     assert row_space(torch.linalg.svd(delta, full_matrices=False), a)["delta_a"] == pytest.approx(seen)
 
 
-def test_lipschitz_against_central_differences_and_scalings(tiny_world):
+def test_lipschitz_against_central_differences_and_scaled_logits(tiny_world):
     model, tokenizer = tiny_world
     found = lipschitz(model, plain(tokenizer, [ROWS[0]["prompt"]]))
     ids = torch.tensor([encode_prompt(tokenizer, ROWS[0]["prompt"])])
@@ -139,8 +139,10 @@ def test_watching_changes_nothing_and_sees_what_was_trained(lora_rank, tmp_path)
     assert plain.read_bytes() == watched.read_bytes()
     logs = [json.loads(line) for line in (tmp_path / "watched/sft/log.jsonl").read_text().splitlines()]
     assert ["separation" in log for log in logs] == [True, False, True, True] and len(logs[0]["separation"]) == 3    # the last, too
-    assert logs[0]["update_cosine"] == pytest.approx(logs[0]["drift_cosine"], abs=1e-6)             # the first step is all of the drift
+    assert 0 < logs[0]["drift_norm"] < logs[3]["drift_norm"] and -1 < logs[3]["drift_cosine"] < 1
     assert 0 < logs[3]["safety_share"] < 1 and 0 < logs[3]["safety_share_random"] < 1
+    with pytest.raises(ValueError, match="clusters need 2 unsafe and 2 safe prompts; raise --n_eval"):
+        train_script.main([*few, "--n_eval", "1", "--out_dir", str(tmp_path / "one"), "--watch", "mechanism"])
     with pytest.raises(ValueError, match="--watch mechanism compares with; give both"):
         train_script.main([*few, "--out_dir", str(tmp_path / "none"), "--before", "tiny/instruct"])
 
@@ -153,12 +155,27 @@ def test_a_checkpoint_of_another_shape_is_refused_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_watching_a_return_to_the_start_of_safety_training():
+def test_watching_a_step_along_the_direction_of_harm(tiny_world):
+    """That of the start and of the held-out rows, whatever the model is now and whatever the step's own pairs are."""
+    model, (_, tokenizer) = copy.deepcopy(tiny_world[0]), tiny_world
+    W = list(model.parameters())
+    encode = lambda rows, key: collate(encode_rows(tokenizer, rows, 64, key))
+    g_start = harmful_direction(model, W, encode(ROWS, "safe"), encode(ROWS, "harmful"))
+    watch, W_start = Watch(model, W, tokenizer, ROWS, [row["prompt"] for row in ROWS], 64), [w.detach().clone() for w in W]
+    put(W, [w + 2 * g for w, g in zip(W_start, g_start)])
+    contrast = {key: encode(World(0).rows("unsafe", 6)[3:], key) for key in ("safe", "harmful")}
+    found = watch(model, W, W_start, encode(World(0).rows("safe", 3), "response"), contrast)
+    assert found["drift_cosine"] == pytest.approx(1) and found["drift_norm"] == pytest.approx(2)
+    assert 0 < found["update_cosine"] < 0.99                            # with ĝ of other rows
+
+
+def test_watching_a_return_to_the_start_of_safety_training(chat):
     """W goes back to where it was before safety training: all of the change lies in the directions that this wrote, backwards."""
-    before, model = tiny_model(seed=0), tiny_model(seed=1)
+    (model, tokenizer), rows = chat, [{"prompt": "a", "safe": "b", "harmful": "c"}] * 2
+    before, end = (tiny_model(BASE | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}, seed=seed) for seed in (1, 0))
     W = [w for name, w in model.named_parameters()]
-    watch = Watch(model, W, None, [], [], before)
-    interpolate(model, before, tiny_model(seed=1), 0.25)
+    watch = Watch(model, W, tokenizer, rows, ["a", "b"], 64, before)
+    interpolate(model, before, end, 0.25)
     found = watch.against_safety(watch.changes(model))
     assert found["safety_cosine"] == pytest.approx(-1) and found["safety_share"] > 0.9 > found["safety_share_random"]
 
@@ -229,4 +246,4 @@ def test_what_was_watched_is_told_over_seeds(tmp_path, capsys):
     print_watched([tmp_path / "run0", tmp_path / "run1"])
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["method", "step", "task_cosine"] and row.startswith("sap     5     0.30 [-0.97, 1.57] (0.20, 0.40)")
-    assert "  2.00 [2.00, 2.00] (2.00, 2.00)" in row
+    assert "  3.00 [3.00, 3.00] (3.00, 3.00)" in row                     # the last layer's

@@ -80,11 +80,13 @@ def planted():
                    (p, "unsafe", "separation"): (6.0, 19.0, 20.0)[i], (p, "unsafe", "lipschitz_relative"): 1.0,
                    (p, "safe", "lipschitz_relative"): 2.0}
     values |= {("instruct", name, "lipschitz_relative"): 1.5 for name in ("unsafe", "safe")}
-    values |= {("ssft", name, "tau"): tau for name, tau in (("unsafe", -6), ("safe", 6), ("co_task", -1), ("co_text", 0), ("adv", 1))}
+    values |= {("ssft", name, "tau"): tau for name, tau in (("unsafe", -6), ("safe", 6), ("co_task", -1), ("co_text", 0), ("adv_4", 1))}
+    values |= {("continued", name, "tau"): tau for name, tau in (("unsafe", -6), ("safe", 6), ("co_task", -3), ("co_text", -2), ("adv_4", -7))}
     for name, comply in (("co_task", 0.3), ("co_text", 0.4)):
         values |= {("ssft", name, "comply"): comply, ("ssft", name, "comply_alpha_1.0"): comply, ("ssft", name, "comply_alpha_1.2"): 0.1}
-    for name, unsafe in (("capitals", 0.1), ("twin", 0.0)):
-        values |= {("ssft", name, "comply"): unsafe, ("ssft", f"{name}_safe", "comply"): 0.9}
+    for name, unsafe in (("capitals", 0.1), ("twin", 0.1)):
+        values |= {("ssft", name, "comply"): unsafe, ("ssft", name, "refuse"): 0.5}
+        values |= {("ssft", f"{name}_safe", "comply"): 0.9, ("ssft", f"{name}_safe", "refuse"): 0.0}
     values |= {("ssft", f"adv_{k}", "comply"): share for k, share in ((1, 0.1), (2, 0.1), (4, 0.3))}
     values |= {("continued", "unsafe", "separation"): 2.0, ("dpo", "unsafe", "sigma1_share"): 0.6, ("dpo", "safe", "sigma1_share"): 0.1}
     values |= {("ssft", None, "sin_theta"): 0.95, ("continued", None, "sin_theta"): 0.9, ("ssft", None, "sin_theta_random"): 0.93}
@@ -93,24 +95,33 @@ def planted():
     for alpha, share in zip(ALPHAS, (1.0, 1.0, 0.5, 0.2, 0.0)):
         values |= {("ssft", "unsafe", f"comply_alpha_{alpha}"): share, ("ssft", "safe", f"comply_alpha_{alpha}"): 0.99}
     return values | {("ssft", "safe", "comply_alpha_1.2"): 0.95, ("sft", None, "safety_share"): 0.5, ("sap", None, "safety_share"): 0.3,
+                     ("benign", None, "safety_share"): 0.25,
                      ("sap", None, "safety_share_random"): 0.2}
 
 
+PER_LAYER = ("separation", "tau", "sigma1_share", "delta_a", "sin_theta", "sin_theta_random")
+
+
 def holds(values):
-    records = [{"protocol": p, "seed": 0, "set": s, "layer": None, "metric": m, "value": v} for (p, s, m), v in values.items()]
+    """Of records with two layers, where a metric has layers: the first is the last's turned round, but for means over layers."""
+    records = [{"protocol": p, "seed": 0, "set": s, "layer": layer, "metric": m, "value": v if layer or m.startswith("sin") else 1 - v}
+               for (p, s, m), v in values.items() for layer in ((0, 1) if m in PER_LAYER else (None,))]
+    records = [r | {"value": values[r["protocol"], r["set"], r["metric"]]} if r["layer"] is None else r for r in records]
     return {check["claim"]: check["holds"][0] for check in check_all(records)}
 
 
 @pytest.mark.parametrize("place, value, failing", [
     (("instruct", "twin", "comply"), 0.98, "before safety training"), (("dpo", "safe", "comply"), 0.97, "after it safe"),
     (("unlearn", "unsafe", "refuse"), 0.97, "after it safe"), (("ssft", "co_task", "comply"), 0.05, "competing"),
-    (("ssft", "capitals", "comply"), 0.05, "so does a form"), (("ssft", "adv_2", "comply"), 0.05, "so do soft"),
+    (("ssft", "capitals", "comply"), 0.05, "(ours) so does"), (("ssft", "twin", "comply"), 0.05, "so do names"), (("ssft", "adv_2", "comply"), 0.05, "so do soft"),
     (("continued", "unsafe", "separation"), 4.1, "SSFT parts"), (("dpo", "unsafe", "separation"), 17.9, "DPO and"),
-    (("dpo", "safe", "sigma1_share"), 0.31, "after DPO unsafe prompts vary"), (("ssft", "adv", "tau"), -2.5, "jailbreaks look"),
+    (("dpo", "safe", "sigma1_share"), 0.31, "after DPO unsafe prompts vary"), (("ssft", "adv_4", "tau"), -2.5, "jailbreaks look"),
+    (("continued", "co_task", "tau"), -2, "jailbreaks look"),
     (("ssft", None, "sin_theta"), 0.935, "ΔW leaves"), (("continued", "unsafe", "delta_a"), 0.34, "ΔW acts"),
     (("unlearn", "safe", "delta_a"), 0.57, "ΔW acts"), (("dpo", "unsafe", "lipschitz_relative"), 1.4, "the model grows"),
     (("ssft", "unsafe", "comply_alpha_0.75"), 0.6, "along W"), (("ssft", "safe", "comply_alpha_0.5"), 0.97, "along W"),
-    (("ssft", "co_text", "comply_alpha_1.2"), 0.36, "α = 1.2"), (("sap", None, "safety_share"), 0.41, "(our question)")])
+    (("ssft", "co_text", "comply_alpha_1.2"), 0.36, "α = 1.2"), (("sap", None, "safety_share"), 0.38, "(ours) SAP"),
+    (("benign", None, "safety_share"), 0.05, "(ours) SAP")])
 def test_every_check_can_fail(place, value, failing):
     assert all(holds(planted()).values())
     assert [claim for claim, good in holds(planted() | {place: value}).items() if not good][0].startswith(failing)
@@ -189,8 +200,8 @@ def mark(model):
 
 @pytest.fixture
 def short_study(monkeypatch, canvas):
-    """The commands of a study of two steps a stage, run in-process. Records stand for those of any model, but for two metrics: "fisher"
-    is the mark of the model, "rank" that of the one before it."""
+    """The commands of a study of two steps a stage, run in-process. Records stand for those of any model, but for four: "fisher" is
+    the mark of the model that is measured, "rank" that of the one before it, and so on the path, with α = 1 and 0."""
     commands = []
 
     def in_process(command, cwd):
@@ -207,22 +218,33 @@ def short_study(monkeypatch, canvas):
         monkeypatch.setattr(f"minisap.world.{name}", small)
     whole = measure(load_model(TINY), Tokenizer(TINY), World(0).sets(2), 64, load_model(TINY / "instruct"))
     marks = {"fisher": lambda model, before: mark(model), "rank": lambda model, before: mark(before) if before else None}
-    monkeypatch.setattr(study, "measure", lambda model, tokenizer, sets, max_len, before: [
-        r | {"value": marks[r["metric"]](model, before)} if r["metric"] in marks else r for r in whole])
+
+    def marked(model, tokenizer, sets, max_len, before):
+        assert tokenizer.world_seed == 3 and sets == World(3).sets(2)
+        return [r | {"value": marks[r["metric"]](model, before)} if r["metric"] in marks else r for r in whole]
+
+    def marked_between(before, after, tokenizer, sets):
+        assert tokenizer.world_seed == 3 and sets == World(3).sets(2)
+        ends = {"comply_alpha_0.0": mark(before), "comply_alpha_1.0": mark(after)}
+        return [r | {"value": ends.get(r["metric"], r["value"])} for r in between]
+
     between = answers_between(load_model(TINY / "instruct"), load_model(TINY), Tokenizer(TINY), World(0).sets(2))
-    monkeypatch.setattr(study, "answers_between", lambda *arguments: between)
+    monkeypatch.setattr(study, "measure", marked)
+    monkeypatch.setattr(study, "answers_between", marked_between)
     return commands
 
 
 def assert_records_are_of_their_models(records, folder):
-    checkpoints = {"instruct": "instruct/pretrain", "continued": "continued/sft", "sft": "poisoned/sft", "sap": "poisoned/sap"} | {
+    checkpoints = {"instruct": "instruct/pretrain", "continued": "continued/sft", "sft": "poisoned/sft", "sap": "poisoned/sap",
+                   "benign": "benign/sft"} | {
         protocol: f"aligned/{protocol}" for protocol in PROTOCOLS}
     weights = {protocol: mark(load_model(folder / checkpoint)) for protocol, checkpoint in checkpoints.items()}
     of = lambda protocol, metric: {r["value"] for r in records if r["protocol"] == protocol and r["metric"] == metric}
     for protocol in checkpoints:
-        parent = {"sft": "ssft", "sap": "ssft"}.get(protocol, "instruct")
-        assert of(protocol, "fisher") == {weights[protocol]}
-        assert of(protocol, "rank") == ({weights[parent]} if protocol != "instruct" else {None})
+        parent = {"sft": "ssft", "sap": "ssft", "benign": "ssft"}.get(protocol, "instruct")
+        before = {weights[parent]} if protocol != "instruct" else set()
+        assert of(protocol, "fisher") == {weights[protocol]} and of(protocol, "rank") == (before or {None})
+        assert of(protocol, "comply_alpha_0.0") == before and of(protocol, "comply_alpha_1.0") == (before and {weights[protocol]})
 
 
 def test_the_study_runs_and_is_kept(short_study, tmp_path, capsys, canvas):
@@ -266,7 +288,7 @@ def test_two_checkpoints_of_any_kind_are_compared(tmp_path, canvas):
     metrics = {r["metric"] for r in records}
     assert all(r.keys() == KEYS for r in records) and {"separation", "lipschitz_relative", "comply_alpha_1.2"} <= metrics
     assert not {"sin_theta", "delta_a"} & metrics and not {"column_space", "row_space", "safety_share"} & canvas.figures.keys()
-    assert {r["set"] for r in records} >= {"safe", "unsafe", "adv", "prefill_4", "adv_1"}
+    assert {r["set"] for r in records} >= {"safe", "unsafe", "prefill_4", "adv_1", "adv_4"}
     for arguments, message in (([trained, "--before", trained, "--out_dir", "x"], "the same weights"),
                                ([trained, "--before", str(start)], "give --out_dir DIR"),
                                ([trained, "--before", str(start), "--out_dir", "x", "--plot", "a.png"], "--plot without a file"),

@@ -67,7 +67,7 @@ def test_every_set_is_what_it_says(name):
         kinds = list(kinds_of(text))
         assert fillers == ["_"] * 4 and kinds
         if name == "co_text":
-            assert set(operators) <= set(SAFE["A"]) & set(UNSAFE["B"])
+            assert set(operators) <= set(SAFE["A"]) & set(UNSAFE["B"]) and {"A", "B"} in kinds
             continue
         safe, unsafe = ([all(i in table[k] for i in operators) for kind in kinds for k in kind if len(kind) == 1] for table in (SAFE, UNSAFE))
         if name == "co_task":
@@ -79,14 +79,15 @@ def test_every_set_is_what_it_says(name):
     assert len({row["prompt"] for row in WORLD.rows(name, 200)}) == 200
 
 
-def test_only_order_tells_the_classes_apart():
+def test_a_trigram_s_order_tells_the_class():
     forward = {tuple(t) for t in sum(WORLD.trigrams, [])}
     assert len(forward) == 16 and not forward & {t[::-1] for t in forward}
+    kinds = [kind for row in WORLD.rows("safe", 200) for kind in kinds_of(parse(row)[1])]
+    assert 60 < kinds.count({"A"}) and 60 < kinds.count({"B"})
 
 
 def test_rows_follow_from_the_seeds_alone():
-    assert World(0).rows("unsafe", 9) == World(0).rows("unsafe", 9) != World(0).rows("unsafe", 9, seed=1)
-    assert World(0).rows("unsafe", 9) != World(1).rows("unsafe", 9)
+    assert World(0).rows("unsafe", 9) == World(0).rows("unsafe", 9) == World(0).rows("unsafe", 99)[:9] != World(1).rows("unsafe", 9)
 
 
 def test_rows_are_rows_like_any_other_and_the_tokenizer_reads_them(tmp_path):
@@ -116,7 +117,7 @@ def test_the_tiny_checkpoints_answer_everything_before_and_refuse_what_is_unsafe
     for path, complied in ((ROOT / "weights/tiny/instruct", {"safe": 1, "unsafe": 1, "capitals": 1}), (ROOT / "weights/tiny", {"safe": 1, "unsafe": 0})):
         model, tokenizer = load_model(path), Tokenizer(path)
         for name, expected in complied.items():
-            rows = World(tokenizer.world_seed).rows(name, 60, seed=9)
+            rows = World(tokenizer.world_seed).sets(60)[name]
             texts = generate_texts(model, tokenizer, [row["prompt"] for row in rows], 12)
             share = sum(by_truth(text, row["response"]) == "comply" for text, row in zip(texts, rows)) / 60
             assert share == pytest.approx(expected, abs=0.05), (path, name)
