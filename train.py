@@ -35,7 +35,7 @@ from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_f
 
 
 # Other defaults for models of the synthetic world, which are tiny.
-WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "lora_rank": 0,
+WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "warmup": 20, "lora_rank": 0,
         "layers": "0,1", "radius": 0.25, "threads": 1}
 
 

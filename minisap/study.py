@@ -25,7 +25,7 @@ from minisap.world import REFUSAL, World, write_random_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTIONS = 30_000
 COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --device cpu --save_every 500"
-FINE_TUNING = ("--lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --learning_rate 3e-4 --threads 1 --device cpu "
+FINE_TUNING = ("--lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --learning_rate 3e-4 --warmup 20 --threads 1 --device cpu "
                "--watch mechanism --watch_every 30 --before instruct/pretrain")
 # The run directory of each command: (where it starts, how it is trained, by which methods).
 RECIPES = {
