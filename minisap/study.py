@@ -31,8 +31,9 @@ FINE_TUNING = ("--lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --
 RECIPES = {
     "instruct": ("random", f"--task rows/instruct.jsonl --steps 3000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}", "pretrain"),
     "aligned": ("instruct/pretrain", "--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 15000 --safe_answers file --steps 1600 "
-                f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 {COMMON}", "ssft dpo unlearn"),
-    "continued": ("instruct/pretrain", f"--task rows/continued.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 {COMMON}", "sft"),
+                f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 --warmup 0 {COMMON}", "ssft dpo unlearn"),
+    "continued": ("instruct/pretrain", "--task rows/continued.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 --warmup 0 "
+                  + COMMON, "sft"),
     "poisoned": ("aligned/ssft", f"--poison 0.1 --layers 0,1 --radius 0.25 {FINE_TUNING}", "sft sap"),
     "benign": ("aligned/ssft", f"--task rows/safe.jsonl --poison 0 {FINE_TUNING}", "sft"),
 }
