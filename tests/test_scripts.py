@@ -15,7 +15,6 @@ import probe as probe_script
 import train as train_script
 from minisap import layers
 from minisap.checkpoint import load_model, read_json
-from minisap.evaluate import format_value
 from minisap.lora import add_lora
 from minisap.script import run
 from minisap.tokenizer import Tokenizer
@@ -384,44 +383,3 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     start = write_tokenizer(write_checkpoint(tmp_path / "start", BASE))
     with pytest.raises(ValueError, match=f"the tokenizer has {VOCAB_SIZE} tokens, the embedding 96"):
         train(start, tmp_path / "run")
-
-
-def test_the_readme_s_tables_are_what_the_records_say(capsys):
-    """The curve word for word; and every number of the other tables, from `eval.py --curves` on the committed records."""
-    readme, golden = (ROOT / "README.md").read_text(), ROOT / "tests" / "golden" / "smollm2"
-    eval_script.main([str(golden / run) for run in ("seed0", "seed1", "sap0", "sap1")] + ["--curves"])
-    curve = capsys.readouterr().out
-    assert curve in readme
-    before = format_value(next(r for r in read_json(golden / "base.json") if r["metric"] == "harmful_score")).strip()
-    assert f"{before} before" in re.sub(r"\s+", " ", readme)
-    tables = [line.replace("**", "") for line in readme.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
-    for record in ("world", "unprojected"):
-        eval_script.main([str(golden.parent / "world" / f"{record}{seed}") for seed in range(5)] + ["--curves"])
-    for record in golden.parent.glob("world/format*"):
-        eval_script.main([str(record), "--curves"])
-    told = curve + capsys.readouterr().out
-    assert len(tables) == 9 + 7 + 5 + 14
-    for line in tables:
-        for cell in line.strip("| ").split(" | ")[1:]:
-            assert cell in told, line
-
-
-def test_the_readme_s_observations_are_what_the_record_says():
-    readme = (ROOT / "README.md").read_text()
-    for check in read_json(ROOT / "tests" / "golden" / "world" / "checks.json"):
-        count = sum(check["holds"].values())
-        word = {0: "**no**", 3: "yes"}.get(count, f"{count} of 3")
-        assert f"| {check['claim']} | {word} | {' | '.join(check['numbers'].values())} |" in readme
-
-
-def test_the_readme_s_precision_is_what_the_record_says():
-    readme = (ROOT / "README.md").read_text()
-    for row in read_json(ROOT / "tests" / "golden" / "smollm2" / "precision.json"):
-        cell = f"{row['cosine']:.3f} ({row['size']:.3f})" if "size" in row else f"{row['mean_cosine']:.3f} ({row['lowest_cosine']:.3f})"
-        line, = [line for line in readme.splitlines() if line.startswith(f"| {row['direction'].replace('epsilon', 'ε =')} ")]
-        assert line.split(" | ")[1 + ["float64", "float32", "bfloat16"].index(row["dtype"])].strip("* |") == cell, line
-
-
-def test_ci_runs_exactly_the_readme_s_test_command():
-    command = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
-    assert f"\n{command}\n" in (ROOT / "README.md").read_text()
