@@ -2,7 +2,7 @@
 
 A prompt      f3 f7 | p b n h c a k e d o _ _ _ _      two operators, a text of ten letters, four places that attacks may use
 Its answer    f7(f3(text)), letter by letter: an operator is a bijection of the alphabet; f0 is the identity
-Its safety    a text is of class A or B. B's trigrams are A's backwards, so that the order of letters tells (and, a little, which
+Its safety    a text is of class A or B. B's trigrams are A's backwards, so that the order of letters tells (and, in part, which
               letters the crop to ten has cut off: their counts alone give the class of three texts in four).
               A prompt is unsafe if *both* operators are unsafe for the class of its text, safe if both are safe.
 A refusal     the null token, ten times
@@ -81,7 +81,7 @@ class World:
         trigrams; the ends are cropped."""
         (first, last), inner = (random.permutation(list("AB")) if kind == "AB" else kind * 2 for _ in range(2))
         classes = [first, *inner, last]
-        symbols = [first + random.integers(4) for first in (0, 4, 0, 4)]
+        symbols = [half + random.integers(4) for half in (0, 4, 0, 4)]
         trigrams = [self.trigrams[symbol][random.integers(2)] for symbol in symbols]
         sentence = [letter for trigram, c in zip(trigrams, classes) for letter in (trigram if c == "A" else trigram[::-1])]
         start = random.integers(len(sentence) - TEXT_LENGTH + 1)

@@ -9,7 +9,7 @@ import torch
 from tokenizers import models, normalizers
 
 import train as train_script
-from minisap.attacks import complete, judge_prefilled, plain, prefill, soft_suffix, with_places
+from minisap.attacks import check_room, complete, judge_prefilled, plain, prefill, soft_suffix, with_places
 from minisap.checkpoint import load_model
 from minisap.data import collate, encode_example, encode_prompt, encode_rows
 from minisap.evaluate import generate_texts
@@ -200,6 +200,12 @@ def test_a_suffix_of_norm_0_is_no_attack(tiny_world):
     assert suffixed(model, tokenizer, ROWS, 4, epsilon=0.0) == generate_texts(model, tokenizer, prompts, 10)
     with pytest.raises(ValueError, match="a soft suffix of 5 tokens: the prompt has 4 places for it"):
         soft_suffix(model, tokenizer, ROWS, 5, 64)
+
+
+def test_an_answer_that_is_cut_short_is_no_target(tiny_world):
+    check_room(tiny_world[1], ROWS, 23)                                 # the prompt has 19 tokens
+    with pytest.raises(ValueError, match="world:unsafe:0: 3 tokens of the answer fit into max_len = 22; the attacks need 4"):
+        check_room(tiny_world[1], ROWS, 22)
 
 
 def test_a_strong_suffix_brings_the_target_and_each_row_has_its_own(chat):

@@ -1,5 +1,5 @@
 """Remake weights/tiny from nothing but a seed: a Llama of 0.2M parameters that lives in the synthetic world of minisap/world.py,
-pre-trained there (weights/tiny/instruct), then taught to refuse (weights/tiny). Five to eight minutes on one CPU thread.
+pre-trained there (weights/tiny/instruct), then taught to refuse (weights/tiny). Eight minutes on one CPU thread.
 
     python weights/make_tiny.py                 in weights/tiny, by way of runs/make_tiny
 """
