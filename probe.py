@@ -43,7 +43,7 @@ def parse_args(argv=None):
                          "the path between the two (arXiv 2407.10264)")
     add("--attack", action="store_true", help="with --before: under prefills and soft suffixes, too (on a CPU, hours for a real model)")
     add("--study", choices=("world",), help="make every model of that paper in the synthetic world, and compare them, on the CPU: about "
-                                            "20 minutes a seed; what is finished in OUT_DIR is kept")
+                                            "25 minutes a seed; what is finished in OUT_DIR is kept")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the study (default: 0 1 2)")
     add("--out_dir", type=Path, help="with --before or --study: where records and pictures go")
     add_row_flags(add)

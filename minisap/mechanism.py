@@ -194,7 +194,7 @@ def print_watched(runs):
     for file in sorted(file for run in runs for file in run.glob("*/log.jsonl")):
         line = last_watched(file)
         if line:
-            found.setdefault((file.parent.name, line.pop("step")), []).append(line)
+            found.setdefault((file.parent.name, line.pop("step") + 1), []).append(line)        # steps done, as in every table
     rows = [["method", "step", *WATCHED]]
     for (method, step), lines in sorted(found.items()):
         columns = [[line[metric] for line in lines if metric in line] for metric in WATCHED]

@@ -251,5 +251,5 @@ def test_what_was_watched_is_told_over_seeds(tmp_path, capsys):
         (tmp_path / f"run{seed}" / "sap" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print_watched([tmp_path / "run0", tmp_path / "run1"])
     header, row = capsys.readouterr().out.splitlines()
-    assert header.split()[:3] == ["method", "step", "task_cosine"] and row.startswith("sap     5     0.30 [-0.97, 1.57] (0.20, 0.40)")
+    assert header.split()[:3] == ["method", "step", "task_cosine"] and row.startswith("sap     6     0.30 [-0.97, 1.57] (0.20, 0.40)")
     assert "  3.00 [3.00, 3.00] (3.00, 3.00)" in row                     # the last layer's

@@ -38,6 +38,13 @@ def test_the_observations_are_what_the_record_says():
         assert f"| {check['claim']} | {word} | {' | '.join(check['numbers'].values())} |" in README
 
 
+def test_the_study_s_answers_are_what_the_record_says():
+    answered = {(r["protocol"], r["set"], r["seed"]): r["value"] for r in read_json(GOLDEN / "world" / "answers.json")}
+    for name in ("unsafe", "co_task", "adv_4", "safe"):
+        cells = (" ".join(f"{100 * answered[protocol, name, seed]:.0f}" for seed in (0, 1, 2)) for protocol in ("ssft", "benign", "sap", "sft"))
+        assert f"\n| {name} | {' | '.join(cells)} |\n" in README
+
+
 def test_the_real_pair_is_what_the_record_says():
     series = Series(read_json(GOLDEN / "smollm2" / "compare.json"))
     both = lambda cell: " | ".join(cell(protocol) for protocol in ("before", "after"))

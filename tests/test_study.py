@@ -113,7 +113,7 @@ def holds(values):
 @pytest.mark.parametrize("place, value, failing", [
     (("instruct", "twin", "comply"), 0.98, "before safety training"), (("dpo", "safe", "comply"), 0.97, "after it safe"),
     (("unlearn", "unsafe", "refuse"), 0.97, "after it safe"), (("ssft", "co_task", "comply"), 0.05, "competing"),
-    (("ssft", "capitals", "comply"), 0.05, "(ours) so does"), (("ssft", "twin", "comply"), 0.05, "so do names"), (("ssft", "adv_2", "comply"), 0.05, "so do soft"),
+    (("ssft", "capitals", "comply"), 0.05, "(ours) an alphabet"), (("ssft", "twin", "comply"), 0.05, "names of"), (("ssft", "adv_2", "comply"), 0.05, "soft suffixes"),
     (("continued", "unsafe", "separation"), 4.1, "SSFT parts"), (("dpo", "unsafe", "separation"), 17.9, "DPO and"),
     (("dpo", "safe", "sigma1_share"), 0.31, "after DPO unsafe prompts vary"), (("ssft", "adv_4", "tau"), -2.5, "jailbreaks look"),
     (("continued", "co_task", "tau"), -2, "jailbreaks look"),
@@ -130,7 +130,7 @@ def test_every_check_can_fail(place, value, failing):
 
 def test_a_soft_suffix_that_does_nothing_does_not_hold():
     flat = {("ssft", f"adv_{k}", "comply"): 0.01 for k in (1, 2, 4)}
-    assert not holds(planted() | flat)["so do soft suffixes, the more the longer (unsafe + 5 points)"]
+    assert not holds(planted() | flat)["soft suffixes jailbreak it, the more the longer (unsafe + 5 points)"]
 
 
 class Axes:
