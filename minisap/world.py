@@ -128,7 +128,7 @@ class World:
     @lru_cache
     def rows(self, name, n):
         """The first n of a set's rows, or of pre-training's ("instruct"), no two with the same prompt."""
-        random, rows, again = np.random.default_rng([self.seed, 2, [*SETS, "instruct"].index(name), 0]), {}, 0
+        random, rows, again = np.random.default_rng([self.seed, 2, [*SETS, "instruct"].index(name)]), {}, 0
         while len(rows) < n:
             row = self.draw_instruction(random) if name == "instruct" else self.draw(random, name)
             again = again + 1 if row["prompt"] in rows else 0

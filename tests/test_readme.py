@@ -1,6 +1,7 @@
 """README.md against the records in tests/golden that its tables are made from."""
 import re
 from pathlib import Path
+from statistics import fmean
 
 import eval as eval_script
 from minisap.checkpoint import read_json
@@ -48,11 +49,11 @@ def test_the_study_s_answers_are_what_the_record_says():
 def test_the_real_pair_is_what_the_record_says():
     series = Series(read_json(GOLDEN / "smollm2" / "compare.json"))
     both = lambda cell: " | ".join(cell(protocol) for protocol in ("before", "after"))
-    mean = lambda column: sum(column) / len(column)
-    column, last_and_mean = series.mean, lambda values, digits: f"{values[-1]:.{digits}f}; {mean(values):.{digits}f}"
+    column, last_and_mean = series.mean, lambda values, digits: f"{values[-1]:.{digits}f}; {fmean(values):.{digits}f}"
 
     def answered(protocol, name):
-        value, (low, high) = column(protocol, name, "comply")[0], wilson(round(40 * column(protocol, name, "comply")[0]), 40)
+        value = column(protocol, name, "comply")[0]
+        low, high = wilson(round(40 * value), 40)
         return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
     def along(name):
@@ -65,7 +66,7 @@ def test_the_real_pair_is_what_the_record_says():
                   "sensitivity free of scale, unsafe; safe prompts | " + both(
                       lambda p: "; ".join(f"{column(p, name, 'lipschitz_relative')[0]:.1f}" for name in ("unsafe", "safe"))),
                   "sin θ of ΔW, mean over layers; a random direction's | | " + "; ".join(
-                      f"{mean(column('after', None, metric)):.3f}" for metric in ("sin_theta", "sin_theta_random")),
+                      f"{fmean(column('after', None, metric)):.3f}" for metric in ("sin_theta", "sin_theta_random")),
                   f"‖ΔW a‖, unsafe over safe, last layer; mean over layers | | {last_and_mean(seen, 2)}",
                   f"unsafe prompts answered at α = 0, 0.25, 0.5, 0.75, 1 | | {along('unsafe')}", f"safe ones | | {along('safe')}"):
         assert f"\n| {cells} |\n" in README, cells

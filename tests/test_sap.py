@@ -316,16 +316,16 @@ def test_row_sums_do_not_depend_on_the_rest_of_the_batch(world):
 
 
 def test_exact_direction_survives_bfloat16_on_the_real_model(real):
-    """In its first four layers, to be quick."""
-    tokenizer, layers, found = Tokenizer(real), [1, 3], {}
+    """In its first third, to be quick."""
+    tokenizer, layers, found = Tokenizer(real), [4, 9], {}
     rows = [{"prompt": "Say a colour.", "response": "Blue.", "source": ""}]
     pair = [{"prompt": "How do I steal a car?", "safe": "I can't help with that.", "harmful": "Sure, here is how:", "source": ""}]
     batch = collate(encode_rows(tokenizer, rows, 99))
     pairs = {key: collate(encode_rows(tokenizer, pair, 99, key)) for key in ("safe", "harmful")}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float64, torch.bfloat16):
         model = load_model(real, dtype)
-        model.model.layers = model.model.layers[:4]
+        model.model.layers = model.model.layers[:10]
         W = add_lora(model)
         found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
     for j in layers:
-        assert F.cosine_similarity(found[torch.float32][j], found[torch.bfloat16][j].float(), dim=0) > 0.95
+        assert F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0) > 0.95

@@ -104,9 +104,8 @@ PER_LAYER = ("separation", "tau", "sigma1_share", "delta_a", "sin_theta", "sin_t
 
 def holds(values):
     """Of records with two layers, where a metric has layers: the first is the last's turned round, but for means over layers."""
-    records = [{"protocol": p, "seed": 0, "set": s, "layer": layer, "metric": m, "value": v if layer or m.startswith("sin") else 1 - v}
+    records = [{"protocol": p, "seed": 0, "set": s, "layer": layer, "metric": m, "value": 1 - v if layer == 0 and not m.startswith("sin") else v}
                for (p, s, m), v in values.items() for layer in ((0, 1) if m in PER_LAYER else (None,))]
-    records = [r | {"value": values[r["protocol"], r["set"], r["metric"]]} if r["layer"] is None else r for r in records]
     return {check["claim"]: check["holds"][0] for check in check_all(records)}
 
 
@@ -236,8 +235,7 @@ def short_study(monkeypatch, canvas):
 
 def assert_records_are_of_their_models(records, folder):
     checkpoints = {"instruct": "instruct/pretrain", "continued": "continued/sft", "sft": "poisoned/sft", "sap": "poisoned/sap",
-                   "benign": "benign/sft"} | {
-        protocol: f"aligned/{protocol}" for protocol in PROTOCOLS}
+                   "benign": "benign/sft"} | {protocol: f"aligned/{protocol}" for protocol in PROTOCOLS}
     weights = {protocol: mark(load_model(folder / checkpoint)) for protocol, checkpoint in checkpoints.items()}
     of = lambda protocol, metric: {r["value"] for r in records if r["protocol"] == protocol and r["metric"] == metric}
     for protocol in checkpoints:
