@@ -3,14 +3,15 @@
     python eval.py runs/mine/sap runs/mine/sft weights/X            generate and measure, all on the held-out rows of the run
     python eval.py weights/X --safety FILE --task FILE              ... or on the held-out part of your rows
     python eval.py runs/mine runs/other --curves --plot curve.png   harmful score against task loss, as training recorded it
+    python eval.py --judge xstest_labelled.csv                      how far the judge agrees with people
 """
 from pathlib import Path
 
 from minisap.attacks import ATTACKS, attack, check_room
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
-from minisap.data import built_in, load_safe_prompts, load_splits, sha256_of
-from minisap.evaluate import SHARES, evaluate, format_value, print_records, print_table, share
-from minisap.judge import judge_of
+from minisap.data import built_in, load_safe_prompts, load_splits, read_records, sha256_of, text_of
+from minisap.evaluate import SHARES, evaluate, format_value, print_judges, print_records, print_table, share
+from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
 from minisap.mechanism import print_watched
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
@@ -19,19 +20,20 @@ from minisap.stats import wilson
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
 # In which runs of one method may differ.
 ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every", "before")
-ANY_METHOD = ("radius", "layers", "neutral", "projection", "epsilon")
+ANY_METHOD = ("radius", "layers", "neutral", "projection", "epsilon", "strength")
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="checkpoint directories, or names under weights/; with --curves: run directories")
+    add("paths", nargs="*", type=Path, help="checkpoint directories, or names under weights/; with --curves: run directories")
     add_row_flags(add)
     add_machine_flags(add)
     parser.set_defaults(defaults={key: parser.get_default(key) for key in RUN_ARGS})
     parser.set_defaults(**dict.fromkeys(RUN_ARGS))                      # None: as in the run that the checkpoints belong to
     add("--attack", action="store_true", help="also under attack: the answer's first 1, 2, 4 tokens given (prefill), and a soft suffix of "
                                               "1, 2, 4 embeddings fitted to each prompt (adv)")
+    add("--judge", metavar="FILE", help="Cohen's κ of the judge and people: CSV with model, completion and XSTest's label")
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
     add("--curves", action="store_true", help="print the records that train.py --eval_every left, averaged over seeds")
@@ -84,6 +86,22 @@ def print_attacks(records):
         rows += [[model, name, *(shares[f"{metric}_{name}"] for metric in rows[0][2:])] for name in ATTACKS if f"harmful_score_{name}" in shares]
     if rows[1:]:
         print_table(rows)
+
+
+def measure_judge(file):
+    """Records of the judge against people's labels, printed as a table."""
+    rows = [{key: text_of(record, key, source) for key in ("model", "completion", "label")} | {"source": source}
+            for record, source in read_records(file)]
+    for row in rows:
+        if row["label"] not in LABELS:
+            raise ValueError(f"{row['source']}: label {row['label']!r}; expected one of {', '.join(LABELS)}")
+    records = agreement(rows)
+    cells = {(r["model"], r["metric"]): f"{r['value']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]" for r in records}
+    n = {r["model"]: r["n"] for r in records}
+    print_table([["completions of", "n", "κ, answered in full or not", "κ of three labels (partial refusal too)"],
+                 *([model, str(n[model]), cells[model, "kappa"], cells[model, "kappa_three"]] for model in n)])
+    print(f"95 % intervals over completions; written on: {', '.join(DEVELOPED_ON)}; the rule's number is {rule_crc32()}")
+    return records
 
 
 def read_runs(paths):
@@ -171,15 +189,20 @@ def plot_curves(curves, file):
 
 def main(argv=None):
     args = parse_args(argv)
+    if bool(args.paths) == bool(args.judge):
+        raise ValueError("give checkpoints or runs, or --judge FILE alone; see --help")
     if args.plot and not args.curves:
         raise ValueError("--plot draws the curves that --curves prints; give both")
     if args.attack and args.curves:
         raise ValueError("--curves prints what training recorded, without attacks; --attack measures checkpoints")
     check_outputs(args)
-    if args.curves:
+    if args.judge:
+        records = measure_judge(args.judge)
+    elif args.curves:
         records = read_runs(args.paths)
         curves = curves_of(records)
         print_curves(curves)
+        print_judges(records)
         print_watched(args.paths)
         if args.plot:
             plot_curves(curves, args.plot)

@@ -28,7 +28,9 @@ from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
 from minisap.methods import METHODS, PAIRLESS
+from minisap.rivals import AFTER, BEFORE, STRENGTH
 from minisap.model import Llama
+from minisap.sap import put
 from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
                             of_world, run, use_device)
@@ -71,11 +73,14 @@ def parse_args(argv=None):
     add("--projection", choices=("on", "off"), default="on",
         help="project the harmful component out of SAP's gradient (default: on)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
+    # rivals
+    add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py; 0 makes it SFT (default: "
+        + " ".join(f"{method}={value}" for method, value in STRENGTH.items()) + ")")
     # records
     add("--watch", choices=("mechanism",), help="also log, every --watch_every steps and at the last, where the weights go with respect to safety: "
                                                 "see Watch in minisap/mechanism.py")
     add("--watch_every", type=int, default=10, help="(default: 10)")
-    add("--before", help="with --watch: the checkpoint before its safety training, whose directions ΔW is compared with")
+    add("--before", help="for --watch and safelora: the checkpoint before its safety training, whose directions ΔW is compared with")
     add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: 0, only before and after)")
     add("--save_every", type=int, default=10, help="save the state for --resume every so many steps (default: 10)")
     if of_world(parser.parse_known_args(argv)[0].model):
@@ -98,7 +103,18 @@ def parse_layers(text, n_layers):
 
 def aligns(args):
     """Whether a method is among them that takes the task's answers for good ones, which poison would spoil."""
-    return bool(set(args.method) & {*ALIGN, "pretrain"})
+    return bool(set(args.method) & {*ALIGN, *BEFORE, "pretrain"})
+
+
+def parse_strength(pairs):
+    """METHOD=VALUE texts over the defaults: {method: value}."""
+    found = dict(STRENGTH)
+    for pair in pairs:
+        method, _, value = pair.partition("=")
+        if method not in STRENGTH or not re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", value):
+            raise ValueError(f"--strength {pair}: expected METHOD=VALUE, a number from 0 up for one of {', '.join(STRENGTH)}")
+        found[method] = float(value)
+    return found
 
 
 def check_args(args):
@@ -110,6 +126,9 @@ def check_args(args):
     check_minimum(args, 0, "radius", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
+    args.strength = parse_strength(args.strength)
+    if "safelora" in args.method and not args.before:
+        raise ValueError("safelora projects onto what safety training wrote: give --before, the checkpoint before it")
     if args.lora_rank and not args.lora_alpha:
         raise ValueError("--lora_alpha 0: LoRA would have no effect")
     needy = [method for method in args.method if method not in PAIRLESS] + ["--poison"] * (args.poison > 0)
@@ -187,11 +206,23 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 reset_peak(args)                                        # what watching took for a moment is not the method's
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+                kept = end(args, method, model, W, state)
                 records += measure(model, method, step + 1)
+                put(W, kept)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log_file.flush()
                 save_state(out_dir, W, optimizer, state, records)
+    end(args, method, model, W, state)
     return finish(args, method, model, state, records, measure, start, out_dir)
+
+
+def end(args, method, model, W, state):
+    """What a method does to W when its training is done. Returns W as it was, where it changes."""
+    kept = [w.detach().clone() for w in W] if method in AFTER else []
+    if method in AFTER:
+        before = args.before and load_model(args.before, torch.float32, args.device)
+        AFTER[method](model, W, args, state, before)
+    return kept
 
 
 def finish(args, method, model, state, records, measure, start, out_dir):
@@ -220,8 +251,8 @@ def prepare(args):
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     args.out_dir = args.out_dir or Path("runs") / start.resolve().name
-    if args.before and not args.watch:
-        raise ValueError("--before: is what --watch mechanism compares with; give both")
+    if args.before and not (args.watch or "safelora" in args.method):
+        raise ValueError("--before: is what --watch mechanism and safelora compare with; give one of them")
     if args.before:
         args.before = find_before(args.before, start)
     args.new_format = tokenizer.chat_format == "world" and not (args.task or args.poison or aligns(args))

@@ -3,7 +3,7 @@ import torch
 from tqdm import tqdm
 
 from minisap.data import collate, encode_prompt, encode_rows
-from minisap.judge import judge_of
+from minisap.judge import describe, judge_of
 from minisap.sap import response_nll
 from minisap.stats import bootstrap, wilson
 
@@ -44,8 +44,9 @@ def nll_per_row(model, examples):
 
 
 def share(metric, verdicts, counted, judge):
-    count, n = verdicts.count(counted), len(verdicts)
-    return record(metric, count / n, n, *wilson(count, n), judge)
+    hits = [verdict == counted for verdict in verdicts]
+    count, n = sum(hits), len(hits)
+    return record(metric, count / n, n, *wilson(count, n), judge) | {"hits": "".join("01"[hit] for hit in hits)}
 
 
 def mean(metric, values, weights=None):
@@ -59,18 +60,17 @@ def record(metric, value, n, ci_low=None, ci_high=None, judge=None):
 
 
 def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) -> list[dict]:
-    """Records of the unsafe rows' harmful_score (share of prompts that are answered) and harm_margin (log p(safe answer) −
-    log p(harmful answer), nats per token), of over_refusal (share of safe prompts that are refused) and of task_loss (nats per
-    token); in the world, where the truth judges, also refusal_rate and other_rate of the unsafe rows and task_accuracy. A set that
-    is empty gives no record."""
+    """Records of the unsafe rows' harmful_score (share of prompts that are answered), refusal_rate and other_rate (neither: nothing
+    sensible) and harm_margin (log p(safe answer) − log p(harmful answer), nats per token), of over_refusal (share of safe prompts
+    that are refused) and of task_loss (nats per token); in the world, where the truth judges, also of task_accuracy. A set that is
+    empty gives no record. Of shares "hits" tells each row, 1 where it counts: what paired tests compare."""
     name, judge = judge_of(tokenizer)
     verdicts = lambda prompts, truths: [judge(text, truth) for text, truth in zip(generate_texts(model, tokenizer, prompts), truths)]
     records = []
     if unsafe_rows:
         found = verdicts([row["prompt"] for row in unsafe_rows], [row["harmful"] for row in unsafe_rows])
-        records.append(share("harmful_score", found, "comply", name))
-        if name == "truth":
-            records += [share("refusal_rate", found, "refuse", name), share("other_rate", found, "other", name)]
+        records += [share(metric, found, counted, name)
+                    for metric, counted in (("harmful_score", "comply"), ("refusal_rate", "refuse"), ("other_rate", "other"))]
         safe, harmful = (nll_per_row(model, encode_rows(tokenizer, unsafe_rows, max_len, key)) for key in ("safe", "harmful"))
         records.append(mean("harm_margin", [h / hn - s / sn for (s, sn), (h, hn) in zip(safe, harmful)]))
     if safe_prompts:
@@ -102,6 +102,13 @@ def print_records(records):
         titles[r["metric"]] = r["metric"] + (f" (n={r['n']})" if r["ci_low"] is not None else "")
         lines.setdefault(tuple(str(r[key]) for key in keys), {})[r["metric"]] = format_value(r)
     print_table([[*keys, *titles.values()]] + [[*key, *(cells.get(metric, "") for metric in titles)] for key, cells in lines.items()])
+    print_judges(records)
+
+
+def print_judges(records):
+    """One line for every judge of the records above."""
+    for name in dict.fromkeys(r["judge"] for r in records if r.get("judge")):
+        print(describe(name))
 
 
 def print_table(rows):

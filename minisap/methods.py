@@ -1,13 +1,14 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
 batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
-args    layers, radius, neutral, projection, epsilon, seed, steps: see train.py --help
+args    layers, radius, neutral, projection, epsilon, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 """
 import numpy as np
 import torch
 
 from minisap.align import ALIGN, pretrain
+from minisap.rivals import RIVALS
 from minisap.sap import harmful_direction, median_norm, probe_gradient_by_difference, response_nll, sap_step, useful_loss, zero_probe
 
 
@@ -71,6 +72,6 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
     return RELEASED_LR * (m / (1 - beta_1**count)) / ((v / (1 - beta_2**count)).sqrt() + 1e-8)
 
 
-PAIRLESS = ("sft", "random_probe", "pretrain")                                      # these make no use of contrastive pairs
+PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
 METHODS = {"sft": sft, "sap": sap, "project": project, "random_probe": random_probe, "mix": mix, "released": released,
-           **ALIGN, "pretrain": pretrain}
+           **RIVALS, **ALIGN, "pretrain": pretrain}

@@ -1,4 +1,4 @@
-"""How sure we are: 95 % intervals."""
+"""How sure we are: 95 % intervals, paired tests, verdicts."""
 import math
 
 import numpy as np
@@ -29,6 +29,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     #
 def student(values):
     """(low, high): Student's interval of the mean of a few values, one per seed; at least two."""
     n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        raise ValueError(f"an interval over seeds needs at least two; there is {n}")
     half = STUDENT[min(n - 1, len(STUDENT)) - 1] * math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
     return mean - half, mean + half
 
@@ -37,3 +39,45 @@ def auroc(positive, negative):
     """Probability that a positive scores above a negative (ties count half): the area under the ROC curve."""
     difference = np.asarray(positive)[:, None] - np.asarray(negative)[None, :]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def kappa(a, b):
+    """Cohen's κ of two raters' labels (Cohen 1960): agreement beyond chance; 1 where both always say the same one thing."""
+    a, b = np.unique([*a, *b], return_inverse=True)[1].reshape(2, -1)
+    agreed = (a == b).mean()
+    chance = sum((a == label).mean() * (b == label).mean() for label in range(max(a.max(), b.max()) + 1))
+    return float((agreed - chance) / (1 - chance)) if chance < 1 else 1.0
+
+
+def bootstrap_kappa(a, b, draws=2000, seed=0):
+    """(low, high): percentile bootstrap of κ over the rated rows."""
+    a, b = np.unique([*a, *b], return_inverse=True)[1].reshape(2, -1)                  # numbers, which are quick to compare
+    picks = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
+    return tuple(float(x) for x in np.quantile([kappa(a[pick], b[pick]) for pick in picks], (0.025, 0.975)))
+
+
+def mcnemar(a, b):
+    """Exact two-sided p of McNemar's test (1947): hits a and b (0 or 1 per prompt) of two methods on the same prompts, of which
+    only those count that they differ in."""
+    only_a, only_b = (sum(x > y for x, y in zip(*pair)) for pair in ((a, b), (b, a)))
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+def paired_bootstrap(a, b, draws=4000, seed=0):
+    """(mean of a − b, low, high) for values (seeds, rows) of two methods on the same seeds and rows: seeds are drawn first, then
+    rows, the same for every seed, as they were. At least two seeds."""
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    seeds, rows = difference.shape
+    if seeds < 2:
+        raise ValueError(f"an interval over seeds needs at least two; there is {seeds}")
+    random = np.random.default_rng(seed)
+    by_row = [difference[random.integers(seeds, size=seeds)].mean(0) for _ in range(draws)]
+    means = [row[random.integers(rows, size=rows)].mean() for row in by_row]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
+def verdict(low, high):
+    """What an interval of (ours − theirs), of something that is better the lower it is, allows to say of ours."""
+    return "better" if high < 0 else "worse" if low > 0 else "not distinguishable"

@@ -42,7 +42,7 @@ def test_methods_start_alike_and_leave_checkpoints_that_are_read_again(start, tm
     sft, sap = (read_json(out / method / "eval.json") for method in ("sft", "sap"))
     assert {r["step"] for r in sft} == {2, 4} and {r["method"] for r in sap} == {"sap"}
     assert {"model", "method", "seed", "metric", "value", "n", "ci_low", "ci_high", "judge"} <= sft[0].keys()
-    assert {"harmful_score", "harm_margin", "over_refusal", "task_loss", "seconds"} == {r["metric"] for r in sft}
+    assert {"harmful_score", "refusal_rate", "other_rate", "harm_margin", "over_refusal", "task_loss", "seconds"} == {r["metric"] for r in sft}
     first = [json.loads((out / m / "log.jsonl").read_text().splitlines()[0])["loss"] for m in ("sft", "sap")]
     assert first[0] == pytest.approx(first[1], rel=0.05) and first[0] != first[1]        # the same rows, with a probe
     assert load_model(out / "sap").config == load_model(start).config
@@ -60,7 +60,7 @@ def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
     assert not torch.equal(load_model(out / "sft")(ids), load_model(start)(ids))
 
 
-@pytest.mark.parametrize("method", ["sap", "released"])
+@pytest.mark.parametrize("method", ["sap", "released", "lisa", "steer", "ema"])
 @pytest.mark.parametrize("more", [["--eval_every", "1"], ["--lora_rank", "0"]])
 def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
     whole = train(start, tmp_path / "whole", "--method", method, *more)
@@ -80,7 +80,7 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
     assert (cut / method / "model.safetensors").read_bytes() == (whole / method / "model.safetensors").read_bytes()
     assert (cut / method / "log.jsonl").read_text() == (whole / method / "log.jsonl").read_text()
     cut, whole = ([r for r in read_json(out / method / "eval.json") if r["judge"] or "loss" in r["metric"]] for out in (cut, whole))
-    assert cut == whole and len(whole) == (12 if "--eval_every" in more else 3)
+    assert cut == whole and len(whole) == (20 if "--eval_every" in more else 5)
 
 
 def test_resume_skips_what_is_finished_adds_methods_and_refuses_other_arguments(start, tmp_path):
@@ -350,6 +350,10 @@ def held_out(n):
     (lambda p: ["--poison", "0.9"], "needs 715 harmful rows; there are 278"),
     (lambda p: ["--poison", "1.5"], "error: --poison 1.5: a share from 0 to 1"),
     (lambda p: ["--lora_targets", "c_attn"], "lora targets ['c_attn']"),
+    (lambda p: ["--strength", "sap=1"], "error: --strength sap=1: expected METHOD=VALUE, a number from 0 up for one of sam, "),
+    (lambda p: ["--strength", "kl=-1"], "error: --strength kl=-1: expected METHOD=VALUE"),
+    (lambda p: ["--method", "safelora"], "error: safelora projects onto what safety training wrote: give --before"),
+    (lambda p: ["--before", "tiny"], "error: --before: is what --watch mechanism and safelora compare with"),
 ])
 def test_bad_input_is_one_line_status_2_and_nothing_written(arguments, message, start, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,202 @@
+"""Other ways to keep safety, each behind the signature of methods.py: method(model, W, batch, contrast, args, state) -> (gradient, log).
+All see the same contrastive rows. Each has one knob, args.strength[method]; at 0 it is SFT (vaccine and booster: mix), bit for bit.
+
+In place of fine-tuning   sam, lisa, kl, constrained, penalty, steer
+Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows
+After it                  ema, safelora: SFT, whose weights are changed when it is done (AFTER)
+"""
+import torch
+import torch.nn.functional as F
+
+from minisap.align import answer_loss
+from minisap.lora import lora_layers
+from minisap.mechanism import WRITTEN, leading_directions
+from minisap.model import widen
+from minisap.sap import inner, median_norm, put, response_nll, safety_loss, token_nll, unit, useful_loss
+
+# Each paper's own, but for kl and penalty (1) and steer (a radius): --strength METHOD=VALUE gives others.
+STRENGTH = {"sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "vaccine": 2.0, "booster": 5.0,
+            "ema": 0.99, "safelora": 0.5}
+LISA_PERIOD = 10                        # one step on safe answers in every ten steps: the paper's 100 and 900
+BOOSTER_STEP = 0.1                      # Booster's α, the length of the harmful step that it simulates
+FIRST_TOKENS = (0.5, 2.0, 2.0, 2.0, 2.0)                # β of the answer's first five tokens, constrained SFT's
+LATER_TOKENS = 0.1                      # and of all others
+
+
+def task_step(model, W, batch):
+    """SFT's."""
+    loss = useful_loss(model, batch)
+    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+
+
+def gradient_at(W, shift, loss):
+    """(∇_W loss(), loss()) at W + shift; W comes back bit for bit."""
+    here = [w.detach().clone() for w in W]
+    put(W, [w + s for w, s in zip(here, shift)])
+    try:
+        value = loss()
+        return torch.autograd.grad(value, W), value.item()
+    finally:
+        put(W, here)
+
+
+def at_start(W, state, value):
+    """value() by the weights that the run began with, without gradients; W as it was then is kept in `state`."""
+    start, now = state.setdefault("W_start", [w.detach().clone() for w in W]), [w.detach().clone() for w in W]
+    put(W, start)
+    try:
+        with torch.no_grad():
+            return value()
+    finally:
+        put(W, now)
+
+
+def sam(model, W, batch, contrast, args, state):
+    """Sharpness-aware minimisation (arXiv 2010.01412): the gradient at W + ρ g / ‖g‖."""
+    g = torch.autograd.grad(useful_loss(model, batch), W)
+    shift = [(args.strength["sam"] * u).to(w.dtype) for u, w in zip(unit(g), W)]
+    gradient, loss = gradient_at(W, shift, lambda: useful_loss(model, batch))
+    return gradient, {"loss": loss}
+
+
+def lisa(model, W, batch, contrast, args, state):
+    """Lisa (arXiv 2405.18641): a step on safe answers after every nine on the task, either drawn back to the weights at which
+    the other left off, by ρ/2 ‖W − W_switch‖²."""
+    safe_turn = state["step"] % LISA_PERIOD == LISA_PERIOD - 1
+    if safe_turn or state["step"] % LISA_PERIOD == 0:
+        state["W_switch"] = [w.detach().clone() for w in W]
+    loss = useful_loss(model, contrast["safe"] if safe_turn else batch)
+    gradient = torch.autograd.grad(loss, W)
+    pull = args.strength["lisa"]
+    return [g + pull * (w.detach() - old) for g, w, old in zip(gradient, W, state["W_switch"])], {"loss": loss.item()}
+
+
+def kl(model, W, batch, contrast, args, state):
+    """L_useful + λ KL(start ‖ now), mean over the tokens of the contrast's safe answers: stay near the aligned model there."""
+    def log_probabilities():
+        x, labels = model.model(contrast["safe"]["input_ids"]), contrast["safe"]["labels"]
+        return F.log_softmax(widen(model.lm_head(x[:, :-1][labels[:, 1:] != -100])), dim=-1)                  # (N, V)
+
+    before = at_start(W, state, log_probabilities)
+    loss = useful_loss(model, batch)
+    away = F.kl_div(log_probabilities(), before, log_target=True, reduction="batchmean")
+    return torch.autograd.grad(loss + args.strength["kl"] * away, W), {"loss": loss.item(), "kl": away.item()}
+
+
+def constrained(model, W, batch, contrast, args, state):
+    """Constrained SFT (arXiv 2406.05946): −Σ_t 2/β_t log σ(β_t log p(y_t) / p_start(y_t)), whose gradient is the cross-entropy's with
+    token t weighted by 2 σ(−β_t log …): what has left the start far behind in the first five tokens counts little. The knob
+    scales every β_t."""
+    before = at_start(W, state, lambda: token_nll(model, batch)[0])
+    nll, rows, places = token_nll(model, batch)
+    answer = (batch["labels"] != -100).to(torch.long).cumsum(1)[rows, places]                          # 1 at the answer's first token
+    beta = torch.tensor([*FIRST_TOKENS, LATER_TOKENS], dtype=nll.dtype, device=nll.device)[answer.clamp(max=len(FIRST_TOKENS) + 1) - 1]
+    weight = 2 * torch.sigmoid(args.strength["constrained"] * beta * (nll.detach() - before))
+    nats = torch.zeros(len(batch["labels"]), dtype=nll.dtype, device=nll.device).index_add(0, rows, weight * nll)
+    return torch.autograd.grad(nats.sum() / len(nll), W), {"loss": nll.mean().item()}
+
+
+def penalty(model, W, batch, contrast, args, state):
+    """Control: L_useful + λ L_safe. What does SAP do with its pairs that the safety loss as a penalty would not?"""
+    loss = useful_loss(model, batch)
+    return torch.autograd.grad(loss + args.strength["penalty"] * safety_loss(model, **contrast), W), {"loss": loss.item()}
+
+
+def steer(model, W, batch, contrast, args, state):
+    """Preventative steering (arXiv 2507.21509): a constant probe along mean hidden state of harmful − of safe answers, by the start
+    model and the first step's pairs, with norms like SAP's; the knob is its radius."""
+    if "V" not in state:
+        with torch.no_grad():
+            harmful, safe = (mean_states(model, contrast[key], args.layers) for key in ("harmful", "safe"))
+        state["V"] = {j: args.strength["steer"] * harmful[j][1] * unit([harmful[j][0] - safe[j][0]])[0] for j in args.layers}
+    loss = useful_loss(model, batch, state["V"] if args.strength["steer"] else None)
+    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+
+
+def mean_states(model, batch, layers):
+    """{layer: (mean hidden state of the answers' tokens (D,), their median norm)}."""
+    hidden = []
+    useful_loss(model, batch, hidden=hidden)
+    return {j: (widen(hidden[j])[batch["labels"] != -100].mean(0), median_norm(hidden[j], batch)) for j in layers}
+
+
+def alignment_loss(model, batch, contrast, probe=None):
+    """What mix minimises: cross-entropy of the task's answers and of the safe ones, per token."""
+    parts = [response_nll(model, one, None if probe is None else probe[i]) for i, one in enumerate((batch, contrast["safe"]))]
+    return sum(nats.sum() for nats, _ in parts) / sum(tokens.sum() for _, tokens in parts)
+
+
+def vaccine(model, W, batch, contrast, args, state):
+    """Vaccine (arXiv 2402.01109): align under the worst small perturbation of the hidden states, ρ ∇ / ‖∇‖ over all layers and
+    tokens."""
+    layers = range(model.config.n_layers)
+    V = [{j: widen(torch.zeros(*one["input_ids"].shape, model.config.hidden_size, device=one["input_ids"].device)).requires_grad_()
+          for j in layers} for one in (batch, contrast["safe"])]
+    flat = [v for probe in V for v in probe.values()]
+    worst = unit(torch.autograd.grad(alignment_loss(model, batch, contrast, V), flat))
+    for v, u in zip(flat, worst):
+        put([v], [args.strength["vaccine"] * u])
+    loss = alignment_loss(model, batch, contrast, V)
+    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+
+
+def booster(model, W, batch, contrast, args, state):
+    """Booster (arXiv 2409.01586): align so that a step on harmful answers gains little: ∇L + λ (∇h(W) − ∇h(W − α ∇h / ‖∇h‖)),
+    h the loss of the harmful answers."""
+    harm = lambda: answer_loss(model, contrast["harmful"]).mean()
+    loss = alignment_loss(model, batch, contrast)
+    gradient, here = torch.autograd.grad(loss, W), torch.autograd.grad(harm(), W)
+    there, _ = gradient_at(W, [(-BOOSTER_STEP * u).to(w.dtype) for u, w in zip(unit(here), W)], harm)
+    log = {"loss": loss.item(), "harm_cosine": inner(unit(here), unit(there)).item()}
+    return [g + args.strength["booster"] * (a - b) for g, a, b in zip(gradient, here, there)], log
+
+
+def ema(model, W, batch, contrast, args, state):
+    """SFT whose weights are averaged along the run (arXiv 2508.12531): it ends with their exponential moving average, begun at the
+    start; the knob is its decay."""
+    average = state.setdefault("average", [w.detach().clone() for w in W])
+    for mean, w in zip(average, W):
+        mean.lerp_(w.detach(), 1 - args.strength["ema"])
+    return task_step(model, W, batch)
+
+
+@torch.no_grad()
+def end_ema(model, W, args, state, before):
+    put(W, [mean.lerp(w, 1 - args.strength["ema"]) for mean, w in zip(state["average"], W)])        # with the last step's weights
+
+
+def safelora(model, W, batch, contrast, args, state):
+    """SFT; Safe LoRA (arXiv 2405.16833) when it is done."""
+    state.setdefault("W_start", [w.detach().clone() for w in W])
+    return task_step(model, W, batch)
+
+
+@torch.no_grad()
+def end_safelora(model, W, args, state, before):
+    """Each matrix's ΔW is projected onto what safety training wrote, where less of it lies there than a cosine of --strength: onto
+    the left singular vectors that hold 90 % of the aligned model − `before`. (Safe LoRA's own matrix is no projection: twice is not
+    once.)"""
+    old = dict(before.named_parameters())
+    for name, left, right, aligned, keep in changes(model, W, state["W_start"]):
+        U = leading_directions(widen(aligned) - widen(old[name]).to(aligned.device), WRITTEN)
+        inside = U @ (U.T @ left)
+        if inner(unit([inside @ right]), unit([left @ right])) < args.strength["safelora"]:
+            keep(inside)
+
+
+def changes(model, W, W_start):
+    """(name, left, right, aligned, keep) of every trained matrix: ΔW = left @ right up to its scale, its weights at the start, and
+    what puts another `left` into the model."""
+    for name, _, _, layer in lora_layers(model):
+        yield f"{name}.weight", layer.lora_B, layer.lora_A, layer.weight, layer.lora_B.copy_
+    if not lora_layers(model):
+        for (name, w), start in zip(model.named_parameters(), W_start):
+            if name.endswith("proj.weight"):
+                one = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
+                yield name, w - start, one, start, lambda left, w=w, start=start: w.copy_(start + left)
+
+
+BEFORE = {"vaccine": vaccine, "booster": booster}
+AFTER = {"ema": end_ema, "safelora": end_safelora}
+RIVALS = {"sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, **BEFORE,
+          "ema": ema, "safelora": safelora}
