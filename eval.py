@@ -3,24 +3,29 @@
     python eval.py runs/mine/sap runs/mine/sft weights/X            generate and measure, all on the held-out rows of the run
     python eval.py weights/X --safety FILE --task FILE              ... or on the held-out part of your rows
     python eval.py runs/mine runs/other --curves --plot curve.png   harmful score against task loss, as training recorded it
+    python eval.py --table world --out_dir runs/table               every method in the synthetic world, over seeds; resumable
+    python eval.py --table runs/seed0 runs/seed1                    methods against each other, paired, as training recorded them
     python eval.py --judge xstest_labelled.csv                      how far the judge agrees with people
 """
 from pathlib import Path
 
-from minisap.attacks import ATTACKS, attack, check_room
+from minisap.attacks import ATTACKS, attack, attack_by_probe, check_room
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits, read_records, sha256_of, text_of
 from minisap.evaluate import SHARES, evaluate, format_value, print_judges, print_records, print_table, share
+from minisap.laboratory import run_laboratory
 from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
 from minisap.mechanism import print_watched
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
 from minisap.stats import wilson
+from minisap.table import comparisons, print_comparisons
+from minisap.table_figures import draw_laboratory, draw_plane
 
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
 # In which runs of one method may differ.
 ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every", "before")
-ANY_METHOD = ("radius", "layers", "neutral", "projection", "epsilon", "strength")
+ANY_METHOD = ("radius", "layers", "gate", "neutral", "projection", "epsilon", "strength")
 
 
 def parse_args(argv=None):
@@ -33,6 +38,11 @@ def parse_args(argv=None):
     parser.set_defaults(**dict.fromkeys(RUN_ARGS))                      # None: as in the run that the checkpoints belong to
     add("--attack", action="store_true", help="also under attack: the answer's first 1, 2, 4 tokens given (prefill), and a soft suffix of "
                                               "1, 2, 4 embeddings fitted to each prompt (adv)")
+    # comparisons
+    add("--table", nargs="+", metavar="DIR", help="compare the methods of run directories of several seeds; or world: run them all first")
+    add("--against", default="sap", metavar="METHOD", help="the reference of --table (default: sap)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --table world (default: 0 1 2 3 4)")
+    add("--out_dir", type=Path, default=Path("runs/table"), help="of --table world; the same command again goes on (default: runs/table)")
     add("--judge", metavar="FILE", help="Cohen's κ of the judge and people: CSV with model, completion and XSTest's label")
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
@@ -73,6 +83,9 @@ def measure(args, path, splits, safe_prompts):
     if args.attack:
         judge, _ = judge_of(tokenizer)
         for name, verdicts, _ in attack(model, tokenizer, splits["eval_unsafe"], args.max_len):
+            found.append(share(f"harmful_score_{name}", verdicts, "comply", judge))
+            found.append(share(f"refusal_rate_{name}", verdicts, "refuse", judge))
+        for name, verdicts in attack_by_probe(model, tokenizer, splits["harmful"], splits["eval_unsafe"], args.max_len):
             found.append(share(f"harmful_score_{name}", verdicts, "comply", judge))
             found.append(share(f"refusal_rate_{name}", verdicts, "refuse", judge))
     return [{"model": str(path), "method": method, "seed": "", "step": ""} | r for r in found]
@@ -120,6 +133,23 @@ def read_runs(paths):
         shared = {key: value for key, value in args.items() if key not in ANY_METHOD}
         check_alike(path, shared, *first.setdefault("", (path, shared)))
     return records
+
+
+def make_table(args):
+    """Records of the methods against each other, printed as tables."""
+    if args.table == ["world"]:
+        found = run_laboratory(args.out_dir, args.seeds, args.n_eval or 200, args.against)
+        if args.plot:
+            draw_laboratory(found, args.plot)
+        return found
+    runs = {}
+    for r in read_runs([Path(path) for path in args.table]):
+        runs.setdefault(r["method"], {}).setdefault(r["seed"], []).append(r)
+    found = comparisons(runs, args.against)
+    print_comparisons(found, runs, args.against)
+    if args.plot:
+        draw_plane(found, args.against, args.plot)
+    return found
 
 
 def check_alike(path, args, other_path, other):
@@ -189,15 +219,17 @@ def plot_curves(curves, file):
 
 def main(argv=None):
     args = parse_args(argv)
-    if bool(args.paths) == bool(args.judge):
-        raise ValueError("give checkpoints or runs, or --judge FILE alone; see --help")
-    if args.plot and not args.curves:
-        raise ValueError("--plot draws the curves that --curves prints; give both")
+    if sum(map(bool, (args.paths, args.judge, args.table))) != 1:
+        raise ValueError("give checkpoints or runs, or --table, or --judge alone; see --help")
+    if args.plot and not (args.curves or args.table):
+        raise ValueError("--plot draws what --curves or --table prints; give one of them")
     if args.attack and args.curves:
         raise ValueError("--curves prints what training recorded, without attacks; --attack measures checkpoints")
     check_outputs(args)
     if args.judge:
         records = measure_judge(args.judge)
+    elif args.table:
+        records = make_table(args)
     elif args.curves:
         records = read_runs(args.paths)
         curves = curves_of(records)

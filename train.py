@@ -38,7 +38,7 @@ from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_f
 
 # Other defaults for models of the synthetic world, which are tiny.
 WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "warmup": 20, "lora_rank": 0,
-        "layers": "0,1", "radius": 0.25, "threads": 1}
+        "layers": "0,1", "radius": 0.3, "gate": 0.05, "threads": 1}
 
 
 def parse_args(argv=None):
@@ -68,6 +68,9 @@ def parse_args(argv=None):
     add_machine_flags(add)
     # SAP
     add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
+    add("--gate", type=float, default=0.0,
+        help="the probe acts on the rows whose loss falls along ĝ at least this share as fast as the safety loss rises; 0: on all rows, "
+             "as the paper (default: 0)")
     add("--neutral", choices=("on", "off"), default="off",
         help="on: the probe loses what lowers the task loss, to first order, and bears a larger radius (default: off, as the paper)")
     add("--projection", choices=("on", "off"), default="on",
@@ -123,7 +126,7 @@ def check_args(args):
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
     check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every", "watch_every")
-    check_minimum(args, 0, "radius", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
+    check_minimum(args, 0, "radius", "gate", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
     args.strength = parse_strength(args.strength)

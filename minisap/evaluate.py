@@ -11,7 +11,7 @@ BATCH, MAX_NEW_TOKENS = 32, 32
 SHARES = ("harmful_score", "refusal_rate", "other_rate", "over_refusal", "task_accuracy")
 
 
-def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, whole=False):
+def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, whole=False, probe=None):
     """Greedy completions, in the order of `prompts`; prompts of like length are batched together.
     whole: "" in place of a completion that has not come to its end within max_new_tokens."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -19,7 +19,7 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, who
     texts = [None] * len(ids)
     for start in tqdm(range(0, len(order), BATCH), desc="generate", leave=False):
         chosen = order[start:start + BATCH]
-        for i, new in zip(chosen, model.generate([ids[i] for i in chosen], max_new_tokens, tokenizer.stop_ids)):
+        for i, new in zip(chosen, model.generate([ids[i] for i in chosen], max_new_tokens, tokenizer.stop_ids, probe=probe)):
             texts[i] = "" if whole and len(new) == max_new_tokens else tokenizer.decode(new)
     return texts
 

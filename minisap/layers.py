@@ -71,7 +71,7 @@ def gradients(args, model, splits, tokenizer):
         contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
         g_hat, hidden = harmful_direction(model, W, **contrast), []
         g_W = torch.autograd.grad(useful_loss(model, batch), W)
-        d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
+        d, g_V = ({j: x.sum((0, 1)) for j, x in of_rows.items()} for of_rows in probe_gradient(model, W, g_hat, batch, layers, hidden)[:2])
         of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
         task = [inner(of(g_W, j), of(g_hat, j)).item() for j in layers]
         probe = [F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in layers]

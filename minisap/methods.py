@@ -1,15 +1,16 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
 batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
-args    layers, radius, neutral, projection, epsilon, seed, steps, strength: see train.py --help
+args    layers, radius, gate, neutral, projection, epsilon, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 """
 import numpy as np
 import torch
 
 from minisap.align import ALIGN, pretrain
+from minisap.model import widen
 from minisap.rivals import RIVALS
-from minisap.sap import harmful_direction, median_norm, probe_gradient_by_difference, response_nll, sap_step, useful_loss, zero_probe
+from minisap.sap import harmful_direction, median_norm, probe_gradient_by_difference, response_nll, sap_step, useful_loss
 
 
 def sft(model, W, batch, contrast, args, state):
@@ -20,7 +21,7 @@ def sft(model, W, batch, contrast, args, state):
 
 def sap(model, W, batch, contrast, args, state):
     """Safety-Aware Probing (arXiv 2505.16737), then the projection; see sap.py."""
-    return sap_step(model, W, batch, contrast, args.layers, args.radius, args.neutral == "on", args.projection == "on", args.epsilon)
+    return sap_step(model, W, batch, contrast, args.layers, args.radius, args.gate, args.neutral == "on", args.projection == "on", args.epsilon)
 
 
 def project(model, W, batch, contrast, args, state):
@@ -34,8 +35,8 @@ def random_probe(model, W, batch, contrast, args, state):
     with torch.no_grad():
         useful_loss(model, batch, hidden=hidden)
     V = {}
-    for j, v in zero_probe(model, args.layers).items():
-        noise = torch.tensor(random.standard_normal(len(v))).to(v)
+    for j in args.layers:
+        noise = widen(torch.tensor(random.standard_normal(model.config.hidden_size)).to(hidden[j]))
         V[j] = args.radius * median_norm(hidden[j], batch) * noise / noise.norm()
     loss = useful_loss(model, batch, V)
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
@@ -57,8 +58,8 @@ def released(model, W, batch, contrast, args, state):
     V, layers = None, sorted({model.config.n_layers * j // 32 for j in (3, 9)})
     if "batch" in state:
         g_hat = harmful_direction(model, W, **contrast)
-        d, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
-        V = {j: adam_step_from_zero(d[j], state, j) for j in layers}
+        d, _, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
+        V = {j: adam_step_from_zero(d[j].sum((0, 1)), state, j) for j in layers}
     state["batch"] = batch
     loss = useful_loss(model, batch, V)
     return torch.autograd.grad(loss, W), {"loss": loss.item()}

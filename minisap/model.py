@@ -164,8 +164,9 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, generator=None, probe=None):
-        """Continue each prompt (a list of token ids): greedily, or by sampling at a temperature > 0. A probe acts on the prompts,
-        which are padded on the left, not on what is new.  Returns one list of new ids per prompt, cut before its first stop id."""
+        """Continue each prompt (a list of token ids): greedily, or by sampling at a temperature > 0. A probe of shape (B, T, D) acts on
+        the prompts, which are padded on the left, one of shape (D,) on what is new, too. Returns one list of new ids per prompt, cut
+        before its first stop id."""
         device, B, longest = self.lm_head.weight.device, len(prompts), max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)       # left padding
         pads = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]               # (B, 1)
@@ -178,7 +179,8 @@ class Llama(nn.Module):
         for end in range(longest, longest + max_new_tokens):
             positions = (place[start:end] - pads).clamp(min=0)
             x = self.model(ids, probe, positions, allowed[:, None, start:end, :end], caches)
-            ids, start, probe = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end, None       # (B, 1)
+            ids, start = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end        # (B, 1)
+            probe = {j: v for j, v in (probe or {}).items() if v.dim() == 1}
             new.append(ids)
             done |= torch.isin(ids[:, 0], stop)
             if done.all():

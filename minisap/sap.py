@@ -64,44 +64,56 @@ def put(W, values):
         w.copy_(value)
 
 
-def zero_probe(model, layers):
-    """V = 0, in float32 or wider, ready to be differentiated."""
-    zero = widen(torch.zeros_like(model.lm_head.weight[0]))
+def zero_probe(model, batch, layers):
+    """V = 0 for every row of the batch, {layer: (B, 1, D)}, in float32 or wider, ready to be differentiated."""
+    zero = widen(model.lm_head.weight.new_zeros(len(batch["input_ids"]), 1, model.config.hidden_size))
     return {j: zero.clone().requires_grad_() for j in layers}
 
 
 def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
-    """(∇_V L_su, ∇_V L_useful) at V = 0, both {layer: (D,)}. The first is line 4 as ε → 0, exactly: ∇_V ⟨∇_W L_useful(W, V), ĝ⟩.
-    No ε, and no subtraction of nearly equal numbers, so that it survives bfloat16. Fused attention has no second derivative:
-    this pass takes the plain one."""
-    V = zero_probe(model, layers)
+    """(∇_V L_su, ∇_V L_useful, slopes) at V = 0, of every row: twice {layer: (B, 1, D)}, whose sum over rows is that of one V for
+    all, and (B,). The first is line 4 as ε → 0, exactly: ∇_V ⟨∇_W L_useful(W, V), ĝ⟩. No ε, and no subtraction of nearly equal
+    numbers, so that it survives bfloat16. A slope is ⟨∇_W ℓ, ĝ⟩ of a row's own loss ℓ, nats per token: below 0, ĝ lowers it; it
+    comes with the same derivative, as that in the row's weight. Fused attention has no second derivative: this pass takes the
+    plain one."""
+    V = zero_probe(model, batch, layers)
     with sdpa_kernel(SDPBackend.MATH):
-        both = torch.autograd.grad(useful_loss(model, batch, V, hidden), [*W, *V.values()], create_graph=True)
+        nats, tokens = response_nll(model, batch, V, hidden)
+        weights = torch.ones_like(nats, requires_grad=True)
+        both = torch.autograd.grad((weights * nats).sum() / tokens.sum(), [*W, *V.values()], create_graph=True)
         g_W, g_V = both[:len(W)], both[len(W):]
-        d = torch.autograd.grad(inner(g_W, g_hat), list(V.values()))
-    return dict(zip(V, d)), {j: g.detach() for j, g in zip(V, g_V)}
+        *d, slopes = torch.autograd.grad(inner(g_W, g_hat), [*V.values(), weights])
+    return dict(zip(V, d)), {j: g.detach() for j, g in zip(V, g_V)}, slopes * tokens.sum() / tokens
 
 
 def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
-    """The same pair, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ.
+    """The same three, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ.
     W comes back bit for bit (from a copy: W + d − d is not W)."""
-    V, saved = zero_probe(model, layers), [w.detach().clone() for w in W]
-    here = torch.autograd.grad(useful_loss(model, batch, V, hidden), list(V.values()))
+    V, saved = zero_probe(model, batch, layers), [w.detach().clone() for w in W]
+
+    def gradient_and_losses(hidden=None):
+        nats, tokens = response_nll(model, batch, V, hidden)
+        return torch.autograd.grad(nats.sum() / tokens.sum(), list(V.values())), (nats / tokens).detach()
+
+    here, losses = gradient_and_losses(hidden)
     try:
         with torch.no_grad():
             scale = epsilon * inner(W, W).sqrt()
             for w, g in zip(W, g_hat):
                 w += scale * g
-        there = torch.autograd.grad(useful_loss(model, batch, V), list(V.values()))
+        there, losses_there = gradient_and_losses()
     finally:
         put(W, saved)
-    return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
+    return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here)), (losses_there - losses) / scale
 
 
-def fit_probe(model, W, g_hat, batch, layers, radius, neutral=False, epsilon=0.0, log=None):
+def fit_probe(model, W, g_hat, batch, layers, radius, neutral=False, epsilon=0.0, least_slope=None, log=None):
     """Lines 3 to 5: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by difference
     where ε > 0, and h_j the median norm of layer j's hidden states over the batch's tokens. `radius` is thus a share of the
     hidden state, and takes the place of the paper's β.
+
+    least_slope (ours): V_safe, fitted to all rows, acts on those alone whose loss falls along ĝ at least so fast: (B, 1, D), 0 on
+    the others. (Fitted to those alone it protects less.) None: on all rows, as in the paper, (D,).
 
     neutral (ours, an option): d_j loses its component along ∇_V L_useful. On SmolLM2 the two have a cosine of −0.45 on average in
     training: much of the paper's probe lowers the task loss, so that W, trained in its presence, need not learn what is missed
@@ -110,15 +122,22 @@ def fit_probe(model, W, g_hat, batch, layers, radius, neutral=False, epsilon=0.0
         return {}
     hidden = []
     if epsilon:
-        d, g_V = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
+        d, g_V, slopes = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
     else:
-        d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
+        d, g_V, slopes = probe_gradient(model, W, g_hat, batch, layers, hidden)
+    d, g_V = ({j: x.sum((0, 1)) for j, x in of_rows.items()} for of_rows in (d, g_V))
     u = {j: unit([g_V[j]])[0] for j in layers}
     if log is not None:
         log["probe_cosine"] = sum((unit([d[j]])[0] @ u[j]).item() for j in layers) / len(layers)
     if neutral:
         d = {j: d[j] - (d[j] @ u[j]) * u[j] for j in layers}
-    return {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
+    V_safe = {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
+    if least_slope is None:
+        return V_safe
+    rows = slopes <= -least_slope
+    if log is not None:
+        log["probe_rows"] = rows.to(torch.float32).mean().item()
+    return {j: rows[:, None, None] * v for j, v in V_safe.items()}
 
 
 def median_norm(x, batch):
@@ -133,12 +152,14 @@ def project_out_harm(grads, g_hat):
     return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
-def sap_step(model, W, batch, contrast, layers, radius, neutral=False, projection=True, epsilon=0.0):
+def sap_step(model, W, batch, contrast, layers, radius, gate=0.0, neutral=False, projection=True, epsilon=0.0):
     """(gradient, log) of one SAP step, for an optimizer to follow (line 7). contrast = {"safe": batch, "harmful": batch} of the
-    same unsafe prompts. radius 0 without projection is SFT, bit for bit."""
+    same unsafe prompts. radius 0 without projection is SFT, bit for bit.
+    gate: the probe acts on the rows whose loss falls along ĝ at least this share as fast as L_safe rises; 0: on all (the paper)."""
     log = {}
-    g_hat = harmful_direction(model, W, **contrast)                                            # line 2
-    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, neutral, epsilon, log)       # lines 3, 4, 5
+    g_safe = torch.autograd.grad(safety_loss(model, **contrast), W)
+    g_hat, slope = unit(g_safe), inner(g_safe, g_safe).sqrt()                                  # line 2; L_safe rises by `slope` along ĝ
+    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, neutral, epsilon, gate * slope if gate else None, log)     # lines 3, 4, 5
     loss = useful_loss(model, batch, V_safe)
     g_W = torch.autograd.grad(loss, W)                                                      # line 6
     log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}

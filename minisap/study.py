@@ -34,7 +34,7 @@ RECIPES = {
                 f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 --warmup 0 {COMMON}", "ssft dpo unlearn"),
     "continued": ("instruct/pretrain", "--task rows/continued.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 --warmup 0 "
                   + COMMON, "sft"),
-    "poisoned": ("aligned/ssft", f"--poison 0.1 --layers 0,1 --radius 0.25 {FINE_TUNING}", "sft sap"),
+    "poisoned": ("aligned/ssft", f"--poison 0.1 --layers 0,1 --radius 0.25 --gate 0 {FINE_TUNING}", "sft sap"),
     "benign": ("aligned/ssft", f"--task rows/safe.jsonl --poison 0 {FINE_TUNING}", "sft"),
 }
 # {protocol: (its checkpoint, what it was trained from)}

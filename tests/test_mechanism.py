@@ -143,7 +143,7 @@ def test_watching_changes_nothing_and_sees_what_was_trained(lora_rank, tmp_path)
     assert 0 < logs[3]["safety_share"] < 1 and 0 < logs[3]["safety_share_random"] < 1
     with pytest.raises(ValueError, match="clusters need 2 unsafe and 2 safe prompts; raise --n_eval"):
         train_script.main([*few, "--n_eval", "1", "--out_dir", str(tmp_path / "one"), "--watch", "mechanism"])
-    with pytest.raises(ValueError, match="--watch mechanism compares with; give both"):
+    with pytest.raises(ValueError, match="--watch mechanism and safelora compare with"):
         train_script.main([*few, "--out_dir", str(tmp_path / "none"), "--before", "tiny/instruct"])
 
 

@@ -16,7 +16,7 @@ from tiny import BASE, tiny_model
 
 
 def args_with(**strength):
-    return Namespace(**vars(ARGS), strength=STRENGTH | strength)
+    return Namespace(**vars(ARGS) | {"strength": STRENGTH | strength})
 
 
 def random_direction(W, size):

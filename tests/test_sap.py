@@ -11,6 +11,7 @@ from minisap.checkpoint import load_model
 from minisap.data import collate, encode_rows
 from minisap.lora import add_lora
 from minisap.methods import METHODS, released
+from minisap.rivals import STRENGTH
 from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, probe_gradient, probe_gradient_by_difference,
                          project_out_harm, response_nll, safety_loss, sap_step, unit, useful_loss)
 from minisap.tokenizer import Tokenizer
@@ -49,6 +50,11 @@ def g_hat_of(world):
 
 def gradient(model, W, batch, V=None):
     return torch.autograd.grad(useful_loss(model, batch, V), W)
+
+
+def probe_gradients(model, W, g_hat, batch, layers=LAYERS):
+    """(∇_V L_su, ∇_V L_useful) of one V for all rows: {layer: (D,)}."""
+    return [{j: x.sum((0, 1)) for j, x in of_rows.items()} for of_rows in probe_gradient(model, W, g_hat, batch, layers)[:2]]
 
 
 def moved(W, direction, step, value):
@@ -107,7 +113,7 @@ def test_harmful_direction_ignores_scale_and_flips_with_the_answers(world, monke
 def test_probe_gradient_equals_central_differences(world):
     model, W, batch, _ = world
     g_hat, h = g_hat_of(world), 1e-4
-    d, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
+    d, g_V = probe_gradients(model, W, g_hat, batch)
     for j in LAYERS:
         for i in (0, 7, 31):
             e = torch.zeros(32, dtype=torch.float64)
@@ -117,14 +123,54 @@ def test_probe_gradient_equals_central_differences(world):
             assert g_V[j][i].item() == pytest.approx((there[1] - back[1]).item() / (2 * h), rel=1e-5, abs=1e-9)
 
 
+def test_a_slope_is_the_row_s_own_loss_along_g_hat_and_rows_have_probes_of_their_own(world):
+    model, W, batch, _ = world
+    g_hat, h = g_hat_of(world), 1e-4
+    d, _, slopes = probe_gradient(model, W, g_hat, batch, LAYERS)
+    for b in range(4):
+        alone = {key: x[b:b + 1] for key, x in batch.items()}
+        loss = lambda: useful_loss(model, alone).item()
+        assert slopes[b].item() == pytest.approx((moved(W, g_hat, h, loss) - moved(W, g_hat, -h, loss)) / (2 * h), rel=1e-5)
+        share = (alone["labels"] != -100).sum() / (batch["labels"] != -100).sum()
+        own, _ = probe_gradients(model, W, g_hat, alone)
+        for j in LAYERS:
+            torch.testing.assert_close(d[j][b, 0], share * own[j])
+
+
+def test_the_gate_puts_the_probe_on_the_rows_that_lead_to_harm(world):
+    model, W, batch, pairs = world
+    g_hat = g_hat_of(world)
+    both = {key: torch.cat([batch[key][:, :6], pairs["harmful"][key][:, :6]]) for key in batch}        # 4 task rows, 3 harmful ones
+    d, _, slopes = probe_gradient(model, W, g_hat, both, LAYERS)
+    least = -sorted(slopes.tolist())[2]
+    chosen = slopes <= -least
+    assert chosen.sum() == 3 and least > 0
+    V, hidden = fit_probe(model, W, g_hat, both, LAYERS, 0.1, least_slope=least), []
+    model.model(both["input_ids"], hidden=hidden)
+    for j in LAYERS:
+        assert V[j].shape == (7, 1, 32) and not V[j][~chosen].any()
+        expected = d[j].sum((0, 1))
+        for v in V[j][chosen]:
+            torch.testing.assert_close(v[0], 0.1 * median_norm(hidden[j], both) * expected / expected.norm())
+    raw = torch.autograd.grad(safety_loss(model, **pairs), W)
+    gate = least / torch.sqrt(sum((g**2).sum() for g in raw)).item() * (1 - 1e-9)
+    found, log = sap_step(model, W, both, pairs, LAYERS, 0.1, gate, projection=False)
+    for a, b in zip(found, gradient(model, W, both, V)):
+        torch.testing.assert_close(a, b)
+    assert log["probe_rows"] == pytest.approx(3 / 7)
+    found, log = sap_step(model, W, both, pairs, LAYERS, 0.1, 1e6, projection=False)                   # no row: SFT
+    assert log["probe_rows"] == 0 and all(torch.equal(a, b) for a, b in zip(found, gradient(model, W, both)))
+
+
 def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identical(world):
     model, W, batch, _ = world
     g_hat, before = g_hat_of(world), [w.detach().clone() for w in W]
     exact = probe_gradient(model, W, g_hat, batch, LAYERS)
     difference = probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=1e-6)
     for j in LAYERS:
-        assert F.cosine_similarity(exact[0][j], difference[0][j], dim=0) > 0.99999
+        assert F.cosine_similarity(exact[0][j], difference[0][j], dim=-1).min() > 0.99999
         torch.testing.assert_close(exact[1][j], difference[1][j])
+    torch.testing.assert_close(exact[2], difference[2], rtol=1e-3, atol=1e-6)
     assert all(torch.equal(w, old) for w, old in zip(W, before))
 
 
@@ -136,9 +182,9 @@ def test_W_is_restored_when_the_inner_step_fails(world, monkeypatch):
         calls.append(args)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return useful_loss(*args)
+        return response_nll(*args)
 
-    monkeypatch.setattr(sap, "useful_loss", fails_the_second_time)
+    monkeypatch.setattr(sap, "response_nll", fails_the_second_time)
     with pytest.raises(RuntimeError):
         probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=0.1)
     assert all(torch.equal(w, old) for w, old in zip(W, before))
@@ -150,7 +196,7 @@ def test_the_probe_turns_the_gradient_away_from_harm_by_the_predicted_amount(wor
     model, W, batch, _ = world
     g_hat = g_hat_of(world)
     V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, neutral)
-    d, _ = probe_gradient(model, W, g_hat, batch, LAYERS)
+    d, _ = probe_gradients(model, W, g_hat, batch)
     predicted = sum((V[j] * d[j]).sum() for j in LAYERS).item()
     measured = (inner(gradient(model, W, batch, V), g_hat) - inner(gradient(model, W, batch), g_hat)).item()
     assert measured > 0 and measured == pytest.approx(predicted, rel=0.02)
@@ -164,11 +210,10 @@ def test_a_neutral_probe_leaves_the_task_loss_alone_and_the_paper_s_is_the_bare_
         V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, neutral)
         up, down = (useful_loss(model, batch, {j: sign * v for j, v in V.items()}) for sign in (1, -1))
         tilt[neutral] = abs(up - down).item()
-    d, _ = probe_gradient(model, W, g_hat, batch, LAYERS)
+    d, g_V = probe_gradients(model, W, g_hat, batch)
     assert all(F.cosine_similarity(V[j], d[j], dim=0) > 1 - 1e-12 for j in LAYERS)
     log = {}
     fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, log=log)
-    _, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
     assert log["probe_cosine"] == pytest.approx(sum(F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in LAYERS) / 2)
     assert tilt[True] < 1e-3 * tilt[False]                                       # third order in the radius against first
 
@@ -204,7 +249,7 @@ def test_norms_and_projections_do_not_suffer_from_half_precision(dtype):
     assert projected[0].dtype == dtype and abs(inner(projected, g_hat).item()) < 1e-3
 
 
-ARGS = Namespace(layers=LAYERS, radius=0.1, neutral="on", projection="on", epsilon=0.0, seed=0, steps=9)
+ARGS = Namespace(layers=LAYERS, radius=0.1, gate=0.0, neutral="on", projection="on", epsilon=0.0, seed=0, steps=9, strength=STRENGTH)
 
 
 def test_without_radius_and_projection_sap_is_sft_bit_for_bit(world):
@@ -281,15 +326,15 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
     first, _ = released(model, W, batch, pairs, ARGS, state)
     assert all(torch.equal(a, b) for a, b in zip(first, gradient(model, W, batch)))               # no probe yet
     found, _ = released(model, W, second, pairs, ARGS, state)
-    d, _ = probe_gradient_by_difference(model, W, g_hat_of(world), batch, [0], 2e-5)
-    V = {0: 0.05 * d[0] / (d[0].abs() + 1e-8)}                                                     # Adam's first step
+    d_of = lambda rows: probe_gradient_by_difference(model, W, g_hat_of(world), rows, [0], 2e-5)[0][0].sum((0, 1))
+    V = {0: 0.05 * d_of(batch) / (d_of(batch).abs() + 1e-8)}                                                     # Adam's first step
     for a, b in zip(found, gradient(model, W, second, V)):
         torch.testing.assert_close(a, b)
-    v = torch.zeros_like(d[0], requires_grad=True)                                                 # and its second, by PyTorch
+    v = torch.zeros(32, dtype=torch.float64, requires_grad=True)                                                 # and its second, by PyTorch
     adam = torch.optim.AdamW([v], lr=0.05, weight_decay=0.0)
     for rows in (batch, second):
         v.data.zero_()
-        v.grad = -probe_gradient_by_difference(model, W, g_hat_of(world), rows, [0], 2e-5)[0][0]
+        v.grad = -d_of(rows)
         adam.step()
     third, _ = released(model, W, batch, pairs, ARGS, state)
     for a, b in zip(third, gradient(model, W, batch, {0: v.detach()})):
@@ -301,7 +346,7 @@ def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
     for name, method in METHODS.items():
         contrast = pairs | ({"refused": batch} if name in ALIGN else {})
-        grads, log = method(model, W, batch, contrast, ARGS, {"step": 3, "batch": batch})
+        grads, log = method(model, W, batch, contrast, ARGS, {"step": 0, "batch": batch})
         assert [g.shape for g in grads] == [w.shape for w in W] and "loss" in log
     assert all(torch.equal(w, old) for w, old in zip(W, before)) and all(w.grad is None for w in W)
     assert torch.equal(model(batch["input_ids"]), logits)
@@ -326,6 +371,6 @@ def test_exact_direction_survives_bfloat16_on_the_real_model(real):
         model = load_model(real, dtype)
         model.model.layers = model.model.layers[:10]
         W = add_lora(model)
-        found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
+        found[dtype], _ = probe_gradients(model, W, harmful_direction(model, W, **pairs), batch, layers)
     for j in layers:
         assert F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0) > 0.95

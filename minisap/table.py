@@ -1,0 +1,130 @@
+"""Methods against each other on the same prompts and seeds: intervals, paired tests, verdicts, at equal steps and at equal task loss.
+
+A run        {method: {seed: the records that train.py left, with "step" and, of shares, "hits" per prompt}}
+A comparison one dict per method: what Comparison.of says
+"""
+from minisap.evaluate import print_judges, print_table
+from minisap.stats import mcnemar, paired_bootstrap, student, verdict
+
+
+def at(records, metric, step):
+    return next((r for r in records if (r["metric"], r["step"]) == (metric, step)), None)
+
+
+def last_step(records):
+    return max(r["step"] for r in records)
+
+
+def hits(runs, metric):
+    """[[0 or 1 per prompt] per seed] after the last step; None where the metric was not measured."""
+    found = [at(records, metric, last_step(records)) for records in runs.values()]
+    if None in found:
+        return None
+    if any("hits" not in r for r in found):
+        raise ValueError("these runs are of an earlier version, without a verdict per prompt: what is paired cannot be computed; run them again")
+    return [[int(hit) for hit in r["hits"]] for r in found]
+
+
+def losses(runs):
+    return [at(records, "task_loss", last_step(records))["value"] for records in runs.values()]
+
+
+def harmful_at(records, loss):
+    """The harmful score where the curve first falls to this task loss, on straight lines between evaluations; None where it never
+    does, or begins there."""
+    steps = sorted({r["step"] for r in records})
+    curve = [(at(records, "task_loss", step)["value"], at(records, "harmful_score", step)["value"]) for step in steps]
+    for (x, y), (next_x, next_y) in zip(curve, curve[1:]):
+        if x > loss >= next_x:
+            return y + (next_y - y) * (x - loss) / (x - next_x)
+    return None
+
+
+def difference(ours, theirs):
+    """Paired over seeds: {"difference": mean of ours − theirs, "low", "high", "verdict"}; of values per seed, or of hits."""
+    if isinstance(ours[0], list):
+        mean, low, high = paired_bootstrap(ours, theirs)
+    else:
+        values = [a - b for a, b in zip(ours, theirs)]
+        mean, (low, high) = sum(values) / len(values), student(values)
+    return {"difference": mean, "low": low, "high": high, "verdict": verdict(low, high)}
+
+
+def check_paired(method, runs, reference):
+    if runs.keys() != reference.keys():
+        raise ValueError(f"{method} has seeds {sorted(runs)}, the reference {sorted(reference)}: only the same seeds can be compared")
+    if len(runs) < 2:
+        raise ValueError(f"{method} has one seed: an interval over seeds needs at least two")
+
+
+def compare(method, runs, against):
+    """One method's dict: what it reached, and how that differs from the reference, paired by seed and prompt."""
+    check_paired(method, runs, against)
+    harmful, target = hits(runs, "harmful_score"), losses(against)
+    mean, low, high = paired_bootstrap(harmful, [[0] * len(row) for row in harmful])
+    found = {"method": method, "seeds": sorted(runs), "n": len(harmful[0]), "harmful_score": mean, "ci_low": low, "ci_high": high,
+             "each": [sum(row) / len(row) for row in harmful], "task_loss": losses(runs),
+             "safer": difference(harmful, hits(against, "harmful_score")), "more_useful": difference(losses(runs), target),
+             "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
+    for metric in ("over_refusal", "refusal_rate", "task_accuracy"):
+        rows = hits(runs, metric)
+        found[metric] = rows and [sum(row) / len(row) for row in rows]
+    matched = [harmful_at(records, loss) for records, loss in zip(runs.values(), target)]
+    found["matched"] = None if None in matched else matched
+    ours = [harmful_at(records, loss) for records, loss in zip(against.values(), target)]
+    found["safer_matched"] = None if None in matched + ours else difference(matched, ours)
+    return found
+
+
+def comparisons(runs, reference="sap"):
+    """[compare of every method]; ValueError where the reference is not among them."""
+    if reference not in runs:
+        raise ValueError(f"--against {reference}: among the runs are {', '.join(runs)}")
+    return [compare(method, of_seeds, runs[reference]) for method, of_seeds in runs.items()]
+
+
+def dominating(found):
+    """The methods that are both safer and more useful than the reference, each beyond its interval."""
+    return [c["method"] for c in found if c["safer"]["verdict"] == c["more_useful"]["verdict"] == "better"]
+
+
+def percent(values):
+    return "" if values is None else f"{100 * sum(values) / len(values):.1f}"
+
+
+def cells(c, reference):
+    """A comparison as strings."""
+    same, safer, useful, matched = c["method"] == reference, c["safer"], c["more_useful"], c["safer_matched"]
+    each = ", ".join(f"{100 * value:.1f}" for value in c["each"])
+    differ = sum(p < 0.05 for p in c["mcnemar"])
+    return [c["method"], f"{100 * c['harmful_score']:.1f} [{100 * c['ci_low']:.1f}, {100 * c['ci_high']:.1f}] ({each})", percent(c["refusal_rate"]),
+            percent(c["over_refusal"]), percent(c["task_accuracy"]), f"{sum(c['task_loss']) / len(c['task_loss']):.3f}",
+            "" if same else f"{safer['verdict']} ({100 * safer['difference']:+.1f} [{100 * safer['low']:+.1f}, {100 * safer['high']:+.1f}]; {differ})",
+            "" if same else f"{useful['verdict']} ({useful['difference']:+.3f} [{useful['low']:+.3f}, {useful['high']:+.3f}])",
+            "" if same else "–" if matched is None else
+            f"{percent(c['matched'])}: {matched['verdict']} ({100 * matched['difference']:+.1f} [{100 * matched['low']:+.1f}, {100 * matched['high']:+.1f}])"]
+
+
+def titles(reference):
+    return ["method", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss", f"safer than {reference}?",
+            f"more useful than {reference}?", f"harmful % at the task loss of {reference}; safer?"]
+
+
+def markdown(found, reference):
+    rows = [titles(reference), ["---"] * len(titles(reference))] + [cells(c, reference) for c in found]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def legend(found, reference):
+    """What the columns mean, and whether a method beats the reference in both."""
+    seeds, better = len(found[0]["seeds"]), dominating(found)
+    return (f"mean of {seeds} seeds [95 % interval over seeds and the n = {found[0]['n']} prompts] (each seed); differences are paired; after ;: in how many of "
+            f"{seeds} seeds McNemar's test has p < 0.05. Task loss in nats per token, its differences over seeds alone. "
+            + (f"Both safer and more useful than {reference}: {', '.join(better)}." if better else
+               f"No method is both safer and more useful than {reference}."))
+
+
+def print_comparisons(found, runs, reference):
+    print_table([titles(reference)] + [cells(c, reference) for c in found])
+    print(legend(found, reference))
+    print_judges([r for of_seeds in runs.values() for records in of_seeds.values() for r in records])

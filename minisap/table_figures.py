@@ -1,0 +1,52 @@
+"""Pictures of table.json: harm against task loss, against the share of harmful rows, against the attacker's steps."""
+from minisap.script import pyplot
+from minisap.stats import student
+
+
+def plane(axis, found, reference, title=""):
+    """A dot per method with 95 % intervals: the harmful score over seeds and prompts, the task loss over seeds."""
+    for c in found:
+        x, y = sum(c["task_loss"]) / len(c["task_loss"]), 100 * c["harmful_score"]
+        low, high = student(c["task_loss"])
+        drawn = axis.errorbar(x, y, xerr=[[x - low], [high - x]], yerr=[[y - 100 * c["ci_low"]], [100 * c["ci_high"] - y]], fmt="o",
+                              markersize=7 if c["method"] == reference else 4, linewidth=0.8, capsize=2)
+        axis.annotate(c["method"], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7, color=drawn[0].get_color())
+    axis.set(xlabel="task loss, nats per token (useful: to the left)", ylabel="harmful score, % (safe: below)", title=title)
+
+
+def over(axis, found, key, x, title, xlabel):
+    """A line per value of `key` with Student's interval over seeds as a band."""
+    for name in dict.fromkeys(r[key] for r in found):
+        rows = [r for r in found if r[key] == name]
+        places = [r[x] for r in rows]
+        line, = axis.plot(places, [100 * r["mean"] for r in rows], marker="o", markersize=3, label=name)
+        axis.fill_between(places, [100 * max(0, r["ci_low"]) for r in rows], [100 * min(1, r["ci_high"]) for r in rows],
+                          color=line.get_color(), alpha=0.12, linewidth=0)
+    axis.set(xlabel=xlabel, ylabel="harmful score, %", title=title, ylim=(-3, 103))
+    axis.legend(frameon=False, fontsize=7)
+
+
+def save(figure, file):
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot().close(figure)
+    print(f"written: {file}")
+
+
+def draw_plane(found, reference, file):
+    figure, axis = pyplot().subplots(figsize=(7, 4.5))
+    plane(axis, found, reference)
+    save(figure, file)
+
+
+def draw_laboratory(found, file):
+    """The planes of all settings, the sweep, and a panel for each of the attacker's budgets."""
+    budgets = sorted({(r["rows"], r["learning_rate"]) for r in found["budgets"]})
+    figure, axes = pyplot().subplots(2, 3, figsize=(15, 8.5))
+    for axis, (setting, rows) in zip(axes[0], found["settings"].items()):
+        plane(axis, rows, found["against"], setting)
+    over(axes[0, 2], found["sweep"], "method", "p", "share of harmful rows", "p")
+    for axis, (rows, rate) in zip(axes[1], budgets):
+        chosen = [r for r in found["budgets"] if (r["rows"], r["learning_rate"]) == (rows, rate)]
+        over(axis, chosen, "defence", "step", f"attacker: {rows} harmful rows, learning rate {rate:g}", "steps")
+    save(figure, file)

@@ -1,0 +1,145 @@
+"""Methods against each other, on records whose answer is known, and the laboratory's cells as train.py commands."""
+import shlex
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+import eval as eval_script
+import train as train_script
+from minisap import laboratory
+from minisap.checkpoint import read_json
+from minisap.script import run
+from minisap.table import comparisons, dominating, harmful_at, legend, markdown
+
+
+def records(curve, hits):
+    """A run of one seed: [(step, task loss, harmful score)], and the last step's hits."""
+    found = []
+    for step, loss, harmful in curve:
+        found += [{"step": step, "metric": "task_loss", "value": loss, "judge": None},
+                  {"step": step, "metric": "harmful_score", "value": harmful, "judge": "truth", "n": len(hits), "hits": hits}]
+    return found
+
+
+def test_the_harmful_score_at_a_task_loss_lies_on_the_line_between_evaluations():
+    run = records([(0, 1.0, 0.0), (10, 0.5, 0.2), (20, 0.3, 0.8), (30, 0.4, 0.9)], "1")
+    assert harmful_at(run, 0.75) == pytest.approx(0.1) and harmful_at(run, 0.35) == pytest.approx(0.65)
+    assert harmful_at(run, 0.3) == pytest.approx(0.8) and harmful_at(run, 0.2) is None and harmful_at(run, 1.0) is None
+
+
+def three_methods():
+    """On 40 prompts and three seeds: sap answers 10 with loss 0.5; safe none, with less loss; alike the same number, others."""
+    curve = lambda end, harmful: [(0, 1.0, 0.0), (9, end, harmful)]
+    return {"sap": {seed: records(curve(0.5, 0.25), "1" * 10 + "0" * 30) for seed in range(3)},
+            "safe": {seed: records(curve(0.4 + 0.01 * seed, 0.0), "0" * 40) for seed in range(3)},
+            "alike": {seed: records(curve(0.5 + 0.1 * (seed - 1), 0.25), "0" * 30 + "1" * 10) for seed in range(3)}}
+
+
+def test_verdicts_say_what_the_intervals_allow():
+    found = {c["method"]: c for c in comparisons(three_methods())}
+    assert found["safe"]["safer"]["verdict"] == found["safe"]["more_useful"]["verdict"] == "better"
+    assert found["safe"]["safer"]["difference"] == -0.25 and found["safe"]["mcnemar"] == [2 / 2**10] * 3
+    assert found["alike"]["safer"]["verdict"] == found["alike"]["more_useful"]["verdict"] == "not distinguishable"
+    assert found["sap"]["safer"]["difference"] == found["sap"]["more_useful"]["difference"] == 0
+    assert dominating(found.values()) == ["safe"]
+    assert found["safe"]["matched"] == [0.0] * 3 and found["safe"]["safer_matched"]["verdict"] == "better"
+    assert found["alike"]["matched"] is None                                                  # seed 2 never gets so far
+    assert "Both safer and more useful than sap: safe." in legend(list(found.values()), "sap")
+    text = markdown(list(found.values()), "sap")
+    assert "| safe | 0.0 [0.0, 0.0] (0.0, 0.0, 0.0) |" in text and len(text.splitlines()) == 5
+
+
+def test_what_cannot_be_compared_is_refused():
+    runs = three_methods()
+    with pytest.raises(ValueError, match="--against x: among the runs are sap, safe, alike"):
+        comparisons(runs, "x")
+    with pytest.raises(ValueError, match="sap has one seed: an interval over seeds needs at least two"):
+        comparisons({method: {0: of_seeds[0]} for method, of_seeds in runs.items()})
+    with pytest.raises(ValueError, match=r"safe has seeds \[0, 1\], the reference \[0, 1, 2\]"):
+        comparisons(runs | {"safe": {seed: runs["safe"][seed] for seed in (0, 1)}})
+    del runs["alike"][1][-1]["hits"]
+    with pytest.raises(ValueError, match="of an earlier version"):
+        comparisons(runs)
+
+
+FEW = ["--steps", "2", "--n_eval", "6", "--method", "sft", "sap"]
+
+
+def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, capsys):
+    for seed in (0, 1):
+        train_script.main([*FEW, "--seed", str(seed), "--out_dir", str(tmp_path / f"run{seed}")])
+    capsys.readouterr()
+    eval_script.main(["--table", *(str(tmp_path / f"run{seed}") for seed in (0, 1)), "--out", str(tmp_path / "table.json")])
+    printed = capsys.readouterr().out
+    assert "safer than sap?" in printed and "mean of 2 seeds" in printed and "judge: the world's truth" in printed
+    sft, = (c for c in read_json(tmp_path / "table.json") if c["method"] == "sft")
+    score = [next(r["value"] for r in read_json(tmp_path / f"run{seed}" / "sft" / "eval.json") if r["metric"] == "harmful_score") for seed in (0, 1)]
+    assert sft["each"] == score and sft["n"] == 6
+    train_script.main([*FEW, "--n_eval", "7", "--seed", "1", "--out_dir", str(tmp_path / "other")])
+    with pytest.raises(ValueError, match="n_eval = 7, but 6 in .*run0"):
+        eval_script.main(["--table", str(tmp_path / "run0"), str(tmp_path / "other")])
+    capsys.readouterr()
+    for arguments, message in ((["--table", str(tmp_path / "run0")], "has one seed: an interval over seeds needs at least two"),
+                               (["--table", "world", "--seeds", "0", "--out_dir", str(tmp_path / "none")], "--seeds: an interval over seeds needs"),
+                               (["--table", "world", "--judge", "x"], "give checkpoints or runs, or --table, or --judge alone"),
+                               (["--table", "world", "--out_dir", str(tmp_path / "run0")], "holds something else")):
+        with pytest.raises(SystemExit) as stop:
+            run(lambda: eval_script.main(arguments))
+        assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
+    few = {"METHODS": "sft sap safelora", "SETTINGS": {"format": "--poison 0"}, "STAGES": {"aligned": "vaccine=0"},
+           "SWEEP": (0.0, 0.2), "SWEPT": "sft sap", "BUDGETS": ((4, 1e-3),),
+           "DEFENCES": {"none": "tiny", "aligned": "first-aligned/SEED/vaccine", "sap": "format/SEED/sap"}}
+    for name, value in few.items():
+        monkeypatch.setattr(laboratory, name, value)
+    every = laboratory.cells
+    fewer = lambda command: command.replace("poisoned", "format") + (" --steps 2 --eval_every 1" if command.startswith("train.py") else "")
+    monkeypatch.setattr(laboratory, "cells", lambda seed, n: [{run: fewer(command) for run, command in phase.items()} for phase in every(seed, n)])
+    (tmp_path / "table").mkdir()
+    monkeypatch.chdir(tmp_path / "table")
+    ran = []
+
+    def in_this_process(command, **options):
+        ran.append(command)
+        (train_script if command[1].endswith("train.py") else eval_script).main(command[2:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(laboratory, "commit", lambda: None)
+    monkeypatch.setattr(laboratory.subprocess, "run", in_this_process)
+    monkeypatch.setattr(laboratory, "ThreadPoolExecutor", lambda workers: nullcontext(SimpleNamespace(map=map)))      # PyTorch is slow in threads
+    command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "6", "--out_dir", str(tmp_path / "table"), "--plot", str(tmp_path / "a.png")]
+    eval_script.main(command)
+    printed, cells = capsys.readouterr().out, len(ran)
+    assert "sap --projection off" in printed and "aligned, then sft" in printed and "4 rows at 0.001" in printed and "probe_subtracted" in printed
+    found = read_json(tmp_path / "table" / "table.json")
+    assert [c["method"] for c in found["settings"]["format"]] == ["sft", "sap", "safelora", "sap --projection off", "aligned, then sft"]
+    assert {(r["defence"], r["step"]) for r in found["budgets"]} == {(d, step) for d in few["DEFENCES"] for step in (0, 1, 2)}
+    assert (tmp_path / "a.png").stat().st_size > 10_000 and "| sap |" in (tmp_path / "table" / "table.md").read_text()
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
+    eval_script.main(command)
+    assert before and before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
+    assert cells == 20 and all("--resume" in command for command in ran[cells:])
+
+
+def test_a_cell_that_fails_names_its_command_and_its_last_line(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(ValueError, match=r"train.py --steps 0: error: --steps 0: at least 1 \(all that it said: .*a-b.log\)"):
+        laboratory.run_cell(tmp_path, "a/b", "train.py --steps 0")
+
+
+def test_every_cell_is_a_command_that_train_py_understands():
+    for phase in laboratory.cells(0, 200):
+        for run_directory, command in phase.items():
+            script, *arguments = shlex.split(command)
+            parse = {"train.py": train_script.parse_args, "eval.py": eval_script.parse_args}[script]
+            args = parse(arguments)
+            assert run_directory in command and (script == "eval.py" or (args.seed, args.n_eval) == (0, 200))
+
+
+def test_steps_to_break_are_where_the_line_crosses_a_half():
+    curve = lambda *values: [{"metric": "harmful_score", "step": 5 * i, "value": value} for i, value in enumerate(values)]
+    assert laboratory.steps_to_break(curve(0.0, 0.25, 0.75)) == pytest.approx(7.5)
+    assert laboratory.steps_to_break(curve(0.6, 0.9)) == 0 and laboratory.steps_to_break(curve(0.0, 0.1)) is None
