@@ -1,9 +1,10 @@
 """`eval.py --table world`: every method in every setting of the synthetic world, over seeds. Each cell is a train.py command, which anyone
 can run alone; what is finished is kept. Under OUT_DIR:
 
-poisoned/seed0      one row in ten is harmful, the task is known: every method's directory, as train.py leaves it
-format/seed0        harmless rows in a new output format, which is to be learnt
-…-paper/seed0       the same, SAP without projection;  …-vaccine/seed0: SFT after a stage of Vaccine
+poisoned/seed0      a new output format is to be learnt, and one row in ten is harmful: every method's directory, as train.py leaves it
+harmless/seed0      the same without the harmful rows
+known/seed0         one row in ten is harmful, in a task that the start knows, as in `python train.py`
+…-variant0/seed0    the same, SAP as in the paper;  …-vaccine/seed0: SFT after a stage of Vaccine
 first-vaccine/seed0 such a stage, on harmless rows
 poison0.2/seed0     the sweep over the share of harmful rows
 attack/…/seed0      adversarial fine-tuning of what came out: SFT on nothing but harmful rows
@@ -27,24 +28,31 @@ from minisap.study import ROOT, claim_folder
 from minisap.table import at, comparisons, last_step, legend, markdown, print_comparisons
 from minisap.world import World
 
-METHODS = "sft sap project mix random_probe released sam lisa kl constrained penalty steer ema safelora"
-# The rivals' knobs: of four values each, on seed 0, the one with the fewest harmful answers at a task accuracy of 97 % or more.
-STRENGTH = "sam=0.05 lisa=1 kl=1 constrained=1 penalty=0.03 steer=0.1 ema=0.99 safelora=0.5"
-SETTINGS = {"poisoned": "--poison 0.1 --eval_every 40", "format": "--poison 0 --steps 240 --eval_every 40"}
-STAGES = {"vaccine": "vaccine=2", "booster": "booster=5", "aligned": "vaccine=0"}          # the last is the control: their stage without what is theirs
-SWEEP, SWEPT = (0.0, 0.05, 0.1, 0.15, 0.2), "sft sap project mix steer"
-DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "project", "mix", "steer")},
+METHODS = "sft sap project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
+VARIANTS = {"sap --gate 0": "--gate 0", "sap --gate 0 --projection off": "--gate 0 --projection off"}                    # the latter is the paper's
+# The rivals' knobs: of four values each (stages: three), on seed 0 of "poisoned", about the one with the fewest harmful answers at a task
+# accuracy of 85 % or more. So was SAP's radius chosen, of three.
+STRENGTH = "sam=0.2 lisa=1 kl=100 constrained=1 penalty=0.05 steer=0.15 steer_project=0.07 ema=0.97 safelora=0.5"
+STAGES = {"vaccine": "vaccine=1", "booster": "booster=2", "aligned": "vaccine=0"}          # the last is the control: their stage without what is theirs
+LEARN = "--task rows/format.jsonl --safety rows/unsafe.jsonl --steps 240 --eval_every 80 --radius 0.1"
+# {setting: (its flags, its methods, its stages)}
+SETTINGS = {"poisoned": (f"{LEARN} --poison 0.1", METHODS, tuple(STAGES)),
+            "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", ()),
+            "known": ("--poison 0.1", "sft sap project mix random_probe kl steer_project", ())}
+SWEEP, SWEPT = {0.0: "harmless", 0.05: "poison0.05", 0.1: "poisoned", 0.2: "poison0.2"}, "sft sap mix kl"
+DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "mix", "kl")},
             **{stage: f"first-{stage}/SEED/{stage.replace('aligned', 'vaccine')}" for stage in STAGES}}
-BUDGETS = ((10, 3e-4), (100, 3e-4), (100, 1e-4))                                            # (rows, learning rate) of the attacker
+BUDGETS = ((10, 3e-4), (100, 1e-4))                                                         # (rows, learning rate) of the attacker
 
 
 def write_rows(folder, n_eval):
-    """The built-in rows as files: the attacker's, and the known task, which without poison train.py takes from a file alone."""
+    """Rows as files: the new format, which train.py has built in without poison alone, and the attacker's."""
     world = World(0)
     unsafe = world.safety_rows()
-    files = {"known": world.task_rows(), "unsafe": unsafe}
-    for rows, _ in BUDGETS:                                                                 # and n_eval, which train.py holds out
-        files[f"attack{rows}"] = [row | {"response": row["harmful"]} for row in unsafe[:rows + n_eval]]
+    files = {"format": World(0, new_format=True).task_rows(), "unsafe": unsafe}
+    for n, _ in BUDGETS:                                                                    # other rows; train.py holds n_eval of them out
+        others = world.rows("unsafe", len(unsafe) + n + n_eval)[len(unsafe):]
+        files[f"attack{n}"] = [row | {"response": row["harmful"]} for row in others]
     folder.mkdir(exist_ok=True)
     for name, rows in files.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -54,22 +62,22 @@ def write_rows(folder, n_eval):
 def cells(seed, n_eval):
     """[{run directory or file: its command}], in three phases of which each needs what came before."""
     at_seed, common = f"seed{seed}", f"--n_eval {n_eval} --seed {seed} --threads 1 --device cpu --save_every 60"
-    known = "--task rows/known.jsonl --safety rows/unsafe.jsonl"
     first = {f"first-{stage}/{at_seed}": f"--method {knob.split('=')[0]} --strength {knob} --poison 0" for stage, knob in STAGES.items()}
     main, attacks = {}, {}
-    for setting, flags in SETTINGS.items():
-        main[f"{setting}/{at_seed}"] = f"--method {METHODS} --strength {STRENGTH} --before tiny/instruct {flags}"
-        main[f"{setting}-paper/{at_seed}"] = f"--method sap --projection off {flags}"
-        for stage in STAGES:
+    for setting, (flags, methods, stages) in SETTINGS.items():
+        main[f"{setting}/{at_seed}"] = f"--method {methods} --strength {STRENGTH} {flags}" + " --before tiny/instruct" * ("safelora" in methods)
+        for i, variant in enumerate(VARIANTS.values()):
+            main[f"{setting}-variant{i}/{at_seed}"] = f"--method sap {flags} {variant}"
+        for stage in stages:
             main[f"{setting}-{stage}/{at_seed}"] = f"--model {DEFENCES[stage].replace('SEED', at_seed)} --method sft {flags}"
-    for p in SWEEP:
-        if p != 0.1:                                                                        # which is the setting "poisoned"
-            main[f"poison{p}/{at_seed}"] = f"--method {SWEPT} --strength {STRENGTH} --poison {p}" + (f" {known}" if p == 0 else "")
+    for p, name in SWEEP.items():
+        if name not in SETTINGS:
+            main[f"{name}/{at_seed}"] = f"--method {SWEPT} --strength {STRENGTH} {LEARN} --poison {p} --eval_every 0"
     for defence, model in DEFENCES.items():
         for rows, rate in BUDGETS:
             attacks[f"attack/{defence}-{rows}-{rate}/{at_seed}"] = (
                 f"--model {model.replace('SEED', at_seed)} --method sft --task rows/attack{rows}.jsonl --safety rows/unsafe.jsonl --poison 0 "
-                f"--steps 40 --eval_every 5 --warmup 0 --learning_rate {rate}")
+                f"--steps 40 --eval_every 8 --warmup 0 --learning_rate {rate}")
     checkpoints = " ".join(f"poisoned/{at_seed}/{method}" for method in SWEPT.split())
     attacked = {f"attacked/{at_seed}.json": f"eval.py {checkpoints} --attack --threads 1 --device cpu --out attacked/{at_seed}.json"}
     trained = [{run: f"train.py {arguments} {common} --out_dir {run}" for run, arguments in phase.items()} for phase in (first, main, attacks)]
@@ -113,12 +121,14 @@ def records_of(folder, run):
 def runs_of(folder, setting, seeds):
     """{method: {seed: records}} of a setting, variants and stages among them."""
     found = {}
-    names = {setting: None, f"{setting}-paper": "sap --projection off", **{f"{setting}-{stage}": f"{stage}, then sft" for stage in STAGES}}
+    _, methods, stages = SETTINGS[setting]
+    names = {setting: None, **{f"{setting}-variant{i}": label for i, label in enumerate(VARIANTS)},
+             **{f"{setting}-{stage}": f"{stage}, then sft" for stage in stages}}
     for seed in seeds:
         for name, label in names.items():
             for method, records in records_of(folder, f"{name}/seed{seed}").items():
                 found.setdefault(label or method, {})[seed] = records
-    return {method: found[method] for method in (*METHODS.split(), *filter(None, names.values()))}
+    return {method: found[method] for method in (*methods.split(), *filter(None, names.values()))}
 
 
 def attacks_of(folder, seeds):
@@ -140,8 +150,8 @@ def summary(values):
 def sweep_of(folder, seeds):
     """[{p, method, harmful score over seeds}]."""
     found = []
-    for p in SWEEP:
-        runs = [records_of(folder, f"poisoned/seed{seed}" if p == 0.1 else f"poison{p}/seed{seed}") for seed in seeds]
+    for p, name in SWEEP.items():
+        runs = [records_of(folder, f"{name}/seed{seed}") for seed in seeds]
         for method in SWEPT.split():
             scores = [at(run[method], "harmful_score", last_step(run[method]))["value"] for run in runs]
             found.append({"p": p, "method": method, **summary(scores)})
@@ -197,7 +207,7 @@ def run_laboratory(folder, seeds, n_eval, reference):
     for setting in SETTINGS:
         runs = runs_of(folder, setting, seeds)
         found["settings"][setting] = comparisons(runs, reference)
-        print(f"\n{setting}: train.py {SETTINGS[setting]}")
+        print(f"\n{setting}: train.py {SETTINGS[setting][0]}")
         print_comparisons(found["settings"][setting], runs, reference)
         text += f"### {setting}\n\n{markdown(found['settings'][setting], reference)}\n{legend(found['settings'][setting], reference)}\n\n"
     found |= {"sweep": sweep_of(folder, seeds), "budgets": budgets_of(folder, seeds), "attacks": attacks_of(folder, seeds)}

@@ -1,10 +1,12 @@
 """Other ways to keep safety, each behind the signature of methods.py: method(model, W, batch, contrast, args, state) -> (gradient, log).
-All see the same contrastive rows. Each has one knob, args.strength[method]; at 0 it is SFT (vaccine and booster: mix), bit for bit.
+All see the same contrastive rows. Each has one knob, args.strength[method]; at 0 it is SFT (vaccine and booster: mix; steer_project: project), bit for bit.
 
-In place of fine-tuning   sam, lisa, kl, constrained, penalty, steer
+In place of fine-tuning   sam, lisa, kl, constrained, penalty, steer, steer_project
 Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows
 After it                  ema, safelora: SFT, whose weights are changed when it is done (AFTER)
 """
+from argparse import Namespace
+
 import torch
 import torch.nn.functional as F
 
@@ -12,10 +14,11 @@ from minisap.align import answer_loss
 from minisap.lora import lora_layers
 from minisap.mechanism import WRITTEN, leading_directions
 from minisap.model import widen
-from minisap.sap import inner, median_norm, put, response_nll, safety_loss, token_nll, unit, useful_loss
+from minisap.sap import (harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll, unit,
+                         useful_loss)
 
 # Each paper's own, but for kl and penalty (1) and steer (a radius): --strength METHOD=VALUE gives others.
-STRENGTH = {"sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "vaccine": 2.0, "booster": 5.0,
+STRENGTH = {"sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "steer_project": 0.002, "vaccine": 2.0, "booster": 5.0,
             "ema": 0.99, "safelora": 0.5}
 LISA_PERIOD = 10                        # one step on safe answers in every ten steps: the paper's 100 and 900
 BOOSTER_STEP = 0.1                      # Booster's α, the length of the harmful step that it simulates
@@ -113,6 +116,14 @@ def steer(model, W, batch, contrast, args, state):
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 
 
+def steer_project(model, W, batch, contrast, args, state):
+    """Control: steer with its own knob, and SAP's projection after it. Is a fitted probe better than a constant one?"""
+    alike = Namespace(layers=args.layers, strength={"steer": args.strength["steer_project"]})
+    gradient, log = steer(model, W, batch, contrast, alike, state)
+    g_hat = harmful_direction(model, W, **contrast)
+    return project_out_harm(gradient, g_hat), log | {"conflict": inner(gradient, g_hat).item()}
+
+
 def mean_states(model, batch, layers):
     """{layer: (mean hidden state of the answers' tokens (D,), their median norm)}."""
     hidden = []
@@ -198,5 +209,5 @@ def changes(model, W, W_start):
 
 BEFORE = {"vaccine": vaccine, "booster": booster}
 AFTER = {"ema": end_ema, "safelora": end_safelora}
-RIVALS = {"sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, **BEFORE,
+RIVALS = {"sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, "steer_project": steer_project, **BEFORE,
           "ema": ema, "safelora": safelora}

@@ -38,7 +38,8 @@ def test_a_knob_at_0_is_sft_bit_for_bit_and_W_stays(method, world):  # noqa: F81
     move(W, random_direction(W, 0.01))
     saved, state["step"] = [w.detach().clone() for w in W], 1
     found, log = RIVALS[method](model, W, batch, pairs, args, state)
-    expected, _ = METHODS["mix" if method in BEFORE else "sft"](model, W, batch, pairs, args, {})
+    limit = "mix" if method in BEFORE else "project" if method == "steer_project" else "sft"
+    expected, _ = METHODS[limit](model, W, batch, pairs, args, {})
     assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["loss"] > 0
     if method in AFTER:
         AFTER[method](model, W, args, state, tiny_model(BASE | {"num_hidden_layers": 3}, seed=9))

@@ -90,13 +90,13 @@ def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, 
 
 
 def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
-    few = {"METHODS": "sft sap safelora", "SETTINGS": {"format": "--poison 0"}, "STAGES": {"aligned": "vaccine=0"},
-           "SWEEP": (0.0, 0.2), "SWEPT": "sft sap", "BUDGETS": ((4, 1e-3),),
+    few = {"SETTINGS": {"format": (laboratory.LEARN + " --poison 0.1", "sft sap safelora", ("aligned",))}, "STAGES": {"aligned": "vaccine=0"},
+           "SWEEP": {0.1: "format", 0.2: "poison0.2"}, "SWEPT": "sft sap", "VARIANTS": {"sap --gate 0": "--gate 0"}, "BUDGETS": ((4, 1e-3),),
            "DEFENCES": {"none": "tiny", "aligned": "first-aligned/SEED/vaccine", "sap": "format/SEED/sap"}}
     for name, value in few.items():
         monkeypatch.setattr(laboratory, name, value)
     every = laboratory.cells
-    fewer = lambda command: command.replace("poisoned", "format") + (" --steps 2 --eval_every 1" if command.startswith("train.py") else "")
+    fewer = lambda command: command.replace("poisoned", "format") + (" --steps 2 --eval_every 1 --batch_size 4 --pairs_per_step 2" if command.startswith("train.py") else "")
     monkeypatch.setattr(laboratory, "cells", lambda seed, n: [{run: fewer(command) for run, command in phase.items()} for phase in every(seed, n)])
     (tmp_path / "table").mkdir()
     monkeypatch.chdir(tmp_path / "table")
@@ -110,18 +110,18 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     monkeypatch.setattr(laboratory, "commit", lambda: None)
     monkeypatch.setattr(laboratory.subprocess, "run", in_this_process)
     monkeypatch.setattr(laboratory, "ThreadPoolExecutor", lambda workers: nullcontext(SimpleNamespace(map=map)))      # PyTorch is slow in threads
-    command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "6", "--out_dir", str(tmp_path / "table"), "--plot", str(tmp_path / "a.png")]
+    command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "4", "--out_dir", str(tmp_path / "table"), "--plot", str(tmp_path / "a.png")]
     eval_script.main(command)
     printed, cells = capsys.readouterr().out, len(ran)
-    assert "sap --projection off" in printed and "aligned, then sft" in printed and "4 rows at 0.001" in printed and "probe_subtracted" in printed
+    assert "sap --gate 0" in printed and "aligned, then sft" in printed and "4 rows at 0.001" in printed and "probe_subtracted" in printed
     found = read_json(tmp_path / "table" / "table.json")
-    assert [c["method"] for c in found["settings"]["format"]] == ["sft", "sap", "safelora", "sap --projection off", "aligned, then sft"]
+    assert [c["method"] for c in found["settings"]["format"]] == ["sft", "sap", "safelora", *laboratory.VARIANTS, "aligned, then sft"]
     assert {(r["defence"], r["step"]) for r in found["budgets"]} == {(d, step) for d in few["DEFENCES"] for step in (0, 1, 2)}
     assert (tmp_path / "a.png").stat().st_size > 10_000 and "| sap |" in (tmp_path / "table" / "table.md").read_text()
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
     eval_script.main(command)
     assert before and before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
-    assert cells == 20 and all("--resume" in command for command in ran[cells:])
+    assert cells == 18 and all("--resume" in command for command in ran[cells:])
 
 
 def test_a_cell_that_fails_names_its_command_and_its_last_line(tmp_path):
