@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from minisap.data import collate, encode_example, encode_prompt, encode_rows
 from minisap.evaluate import BATCH, MAX_NEW_TOKENS, generate_texts
-from minisap.judge import judge_of
+from minisap.judge import PHRASES, judge_of
 from minisap.sap import fit_probe, harmful_direction, response_nll
 from minisap.world import FILLERS, NULL
 
@@ -141,6 +141,6 @@ def judge_prefilled(tokenizer, whole, new, truth):
     """Phrases judge what the model adds, for the words before it agree to everything. The truth judges the whole; to go back to
     null tokens, as many as may be, is to refuse."""
     name, judge = judge_of(tokenizer)
-    if name == "phrases":
+    if name == PHRASES:
         return judge(new, truth)
     return "refuse" if set(new.split()) == {NULL} else judge(whole, truth)

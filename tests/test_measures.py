@@ -101,7 +101,7 @@ def test_of_an_empty_completion_nothing_can_be_told():
 
 @pytest.mark.parametrize("broken", [lambda text, truth: "comply", lambda text, truth: "refuse", lambda text, truth: "other"])
 def test_a_judge_that_says_one_thing_always_stops_the_run(broken, tmp_path, monkeypatch):
-    monkeypatch.setitem(judge.JUDGES, "phrases", (broken, *judge.JUDGES["phrases"][1:]))
+    monkeypatch.setitem(judge.JUDGES, judge.PHRASES, (broken, *judge.JUDGES[judge.PHRASES][1:]))
     with pytest.raises(ValueError, match="nothing that it says can be used"):
         judge_of(Tokenizer(write_tokenizer(tmp_path)))
 
@@ -109,9 +109,10 @@ def test_a_judge_that_says_one_thing_always_stops_the_run(broken, tmp_path, monk
 def test_the_agreement_with_people_is_of_this_very_rule():
     """What stands under every table is what `eval.py --judge` recorded, of the rule as it is now."""
     record, = (r for r in read_json(GOLDEN / "judge.json") if (r["model"], r["metric"]) == ("held out", "kappa"))
-    assert judge.MEASURED["rule"] == record["rule"] == judge.rule_crc32() and judge.MEASURED["n"] == record["n"]
+    told = judge.MEASURED[judge.PHRASES]
+    assert told["rule"] == record["rule"] == judge.rule_crc32() and told["n"] == record["n"]
     for key, name in (("kappa", "value"), ("ci_low", "ci_low"), ("ci_high", "ci_high")):
-        assert judge.MEASURED[key] == round(record[name], 3)
+        assert told[key] == round(record[name], 3)
 
 
 def test_agreement_counts_a_partial_refusal_as_no_answer():

@@ -21,12 +21,12 @@ def test_the_tables_are_what_the_records_say(capsys):
     before = format_value(next(r for r in read_json(GOLDEN / "smollm2" / "base.json") if r["metric"] == "harmful_score")).strip()
     assert f"{before} before" in re.sub(r"\s+", " ", README)
     tables = [line.replace("**", "") for line in README.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
-    for record in ("world", "unprojected", "benign"):
+    for record in ("gated", "world", "unprojected", "benign"):
         eval_script.main([str(GOLDEN / "world" / f"{record}{seed}") for seed in range(5)] + ["--curves"])
     for record in GOLDEN.glob("world/format*"):
         eval_script.main([str(record), "--curves"])
     told = curve + capsys.readouterr().out
-    assert len(tables) == 9 + 7 + 6 + 12
+    assert len(tables) == 9 + 8 + 6 + 12
     for line in tables:
         for cell in line.strip("| ").split(" | ")[1:]:
             assert cell in told, line
