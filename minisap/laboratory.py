@@ -16,7 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
@@ -107,9 +107,14 @@ def run_cells(folder, seeds, n_eval):
     write_rows(folder / "rows", n_eval)
     every = [{run: arguments for seed in seeds for run, arguments in cells(seed, n_eval)[phase].items()} for phase in range(3)]
     with tqdm(total=sum(map(len, every)), desc="cells") as bar, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-        for phase in every:
-            for _ in workers.map(lambda cell: run_cell(folder, *cell), phase.items()):
-                bar.update()
+        try:
+            for phase in every:
+                for done in as_completed([workers.submit(run_cell, folder, *cell) for cell in phase.items()]):
+                    done.result()
+                    bar.update()
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)           # what runs ends; what waits does not begin
+            raise
 
 
 def records_of(folder, run):

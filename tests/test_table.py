@@ -109,7 +109,9 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
 
     monkeypatch.setattr(laboratory, "commit", lambda: None)
     monkeypatch.setattr(laboratory.subprocess, "run", in_this_process)
-    monkeypatch.setattr(laboratory, "ThreadPoolExecutor", lambda workers: nullcontext(SimpleNamespace(map=map)))      # PyTorch is slow in threads
+    at_once = SimpleNamespace(shutdown=lambda **how: None, submit=lambda *call: SimpleNamespace(result=lambda: call[0](*call[1:])))                # PyTorch is slow in threads
+    monkeypatch.setattr(laboratory, "ThreadPoolExecutor", lambda workers: nullcontext(at_once))
+    monkeypatch.setattr(laboratory, "as_completed", list)
     command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "4", "--out_dir", str(tmp_path / "table"), "--plot", str(tmp_path / "a.png")]
     eval_script.main(command)
     printed, cells = capsys.readouterr().out, len(ran)
