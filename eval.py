@@ -36,14 +36,15 @@ def parse_args(argv=None):
     add_machine_flags(add)
     parser.set_defaults(defaults={key: parser.get_default(key) for key in RUN_ARGS})
     parser.set_defaults(**dict.fromkeys(RUN_ARGS))                      # None: as in the run that the checkpoints belong to
-    add("--attack", action="store_true", help="also under attack: the answer's first 1, 2, 4 tokens given (prefill), and a soft suffix of "
-                                              "1, 2, 4 embeddings fitted to each prompt (adv)")
+    add("--attack", action="store_true", help="also under attack: the answer's first 1, 2, 4 tokens given (prefill), a soft suffix of "
+                                              "1, 2, 4 embeddings fitted to each prompt (adv), and a probe that is fitted to harmful answers "
+                                              "with respect to all weights, added or subtracted (needs several times the model's memory)")
     # comparisons
     add("--table", nargs="+", metavar="DIR", help="compare the methods of run directories of several seeds; or world: run them all first")
     add("--against", default="sap", metavar="METHOD", help="the reference of --table (default: sap)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --table world (default: 0 1 2 3 4)")
     add("--out_dir", type=Path, default=Path("runs/table"), help="of --table world; the same command again goes on (default: runs/table)")
-    add("--judge", metavar="FILE", help="Cohen's κ of the judge and people: CSV with model, completion and XSTest's label")
+    add("--judge", metavar="FILE", help="Cohen's κ of the judge and people: CSV with model, completion, and XSTest's type and label")
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
     add("--curves", action="store_true", help="print the records that train.py --eval_every left, averaged over seeds")
@@ -103,16 +104,17 @@ def print_attacks(records):
 
 def measure_judge(file):
     """Records of the judge against people's labels, printed as a table."""
-    rows = [{key: text_of(record, key, source) for key in ("model", "completion", "label")} | {"source": source}
+    rows = [{key: text_of(record, key, source) for key in ("model", "type", "completion", "label")} | {"source": source}
             for record, source in read_records(file)]
     for row in rows:
         if row["label"] not in LABELS:
             raise ValueError(f"{row['source']}: label {row['label']!r}; expected one of {', '.join(LABELS)}")
     records = agreement(rows)
     cells = {(r["model"], r["metric"]): f"{r['value']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]" for r in records}
-    n = {r["model"]: r["n"] for r in records}
-    print_table([["completions of", "n", "κ, answered in full or not", "κ of three labels (partial refusal too)"],
-                 *([model, str(n[model]), cells[model, "kappa"], cells[model, "kappa_three"]] for model in n)])
+    groups = {r["model"]: r for r in records}
+    print_table([["completions of", "n", "answers, by people", "by the judge", "κ, answered in full or not", "κ of three labels (partial refusal too)"],
+                 *([name, str(r["n"]), str(r["answers"]), str(r["answers_by_judge"]), cells[name, "kappa"], cells[name, "kappa_three"]]
+                   for name, r in groups.items())])
     print(f"95 % intervals over completions; written on: {', '.join(DEVELOPED_ON)}; the rule's number is {rule_crc32()}")
     return records
 
@@ -138,12 +140,13 @@ def read_runs(paths):
 def make_table(args):
     """Records of the methods against each other, printed as tables."""
     if args.table == ["world"]:
-        found = run_laboratory(args.out_dir, args.seeds, args.n_eval or 200, args.against)
+        found = run_laboratory(args.out_dir, args.seeds, 200 if args.n_eval is None else args.n_eval, args.against)
         if args.plot:
             draw_laboratory(found, args.plot)
         return found
-    runs = {}
-    for r in read_runs([Path(path) for path in args.table]):
+    records, runs = read_runs([Path(path) for path in args.table]), {}
+    curves_of(records)                                                  # refuses a seed that stands in two runs
+    for r in records:
         runs.setdefault(r["method"], {}).setdefault(r["seed"], []).append(r)
     found = comparisons(runs, args.against)
     print_comparisons(found, runs, args.against)

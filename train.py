@@ -77,7 +77,7 @@ def parse_args(argv=None):
         help="project the harmful component out of SAP's gradient (default: on)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     # rivals
-    add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py; 0 makes it SFT (default: "
+    add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py (default: "
         + " ".join(f"{method}={value}" for method, value in STRENGTH.items()) + ")")
     # records
     add("--watch", choices=("mechanism",), help="also log, every --watch_every steps and at the last, where the weights go with respect to safety: "
@@ -114,8 +114,8 @@ def parse_strength(pairs):
     found = dict(STRENGTH)
     for pair in pairs:
         method, _, value = pair.partition("=")
-        if method not in STRENGTH or not re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", value):
-            raise ValueError(f"--strength {pair}: expected METHOD=VALUE, a number from 0 up for one of {', '.join(STRENGTH)}")
+        if method not in STRENGTH or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value) or float(value) > (1 if method == "ema" else 1e9):
+            raise ValueError(f"--strength {pair}: expected METHOD=VALUE, a number from 0 up (ema: to 1) for one of {', '.join(STRENGTH)}")
         found[method] = float(value)
     return found
 

@@ -3,7 +3,6 @@ can run alone; what is finished is kept. Under OUT_DIR:
 
 poisoned/seed0      a new output format is to be learnt, and one row in ten is harmful: every method's directory, as train.py leaves it
 harmless/seed0      the same without the harmful rows
-known/seed0         one row in ten is harmful, in a task that the start knows, as in `python train.py`
 …-variant0/seed0    the same, SAP as in the paper;  …-vaccine/seed0: SFT after a stage of Vaccine
 first-vaccine/seed0 such a stage, on harmless rows
 poison0.2/seed0     the sweep over the share of harmful rows
@@ -37,8 +36,7 @@ STAGES = {"vaccine": "vaccine=1", "booster": "booster=2", "aligned": "vaccine=0"
 LEARN = "--task rows/format.jsonl --safety rows/unsafe.jsonl --steps 240 --eval_every 80 --radius 0.1"
 # {setting: (its flags, its methods, its stages)}
 SETTINGS = {"poisoned": (f"{LEARN} --poison 0.1", METHODS, tuple(STAGES)),
-            "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", ()),
-            "known": ("--poison 0.1", "sft sap project mix random_probe kl steer_project", ())}
+            "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", ())}
 SWEEP, SWEPT = {0.0: "harmless", 0.05: "poison0.05", 0.1: "poisoned", 0.2: "poison0.2"}, "sft sap mix kl"
 DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "mix", "kl")},
             **{stage: f"first-{stage}/SEED/{stage.replace('aligned', 'vaccine')}" for stage in STAGES}}
@@ -92,21 +90,22 @@ def run_cell(folder, run, command):
     command = [sys.executable, str(ROOT / script), *arguments]
     command += ["--resume"] if (folder / run / "train_args.json").exists() else []
     log = folder / "logs" / f"{run.replace('/', '-')}.log"
-    with open(log, "w", encoding="utf-8") as output:
+    with open(log, "a", encoding="utf-8") as output:
+        print(f"commit {commit()}", file=output, flush=True)
         status = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT).returncode
     if status:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-        raise ValueError(f"python {shlex.join(command[1:])}: {last} (all that it said: {log}); the same table command goes on from here")
+        raise ValueError(f"python {shlex.join(command[1:])}: {last} (status {status}; all that it said: {log}); the same table command goes on from here")
 
 
 def run_cells(folder, seeds, n_eval):
     """Run what is not finished, as many cells at a time as there are cores."""
-    claim_folder(folder, {"study": "table", "n_eval": n_eval, "cells": cells(0, n_eval)})
+    claim_folder(folder, {"study": "table", "n_eval": n_eval})                       # and each run its arguments
     for name in ("logs", "attacked"):
         (folder / name).mkdir(exist_ok=True)
     write_rows(folder / "rows", n_eval)
     every = [{run: arguments for seed in seeds for run, arguments in cells(seed, n_eval)[phase].items()} for phase in range(3)]
-    with tqdm(total=sum(map(len, every)), desc="cells") as bar, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
+    with tqdm(total=sum(map(len, every)), desc="cells") as bar, ThreadPoolExecutor(os.cpu_count()) as workers:
         try:
             for phase in every:
                 for done in as_completed([workers.submit(run_cell, folder, *cell) for cell in phase.items()]):
@@ -206,8 +205,13 @@ def run_laboratory(folder, seeds, n_eval, reference):
     """Run what is not finished, print the tables, and leave table.json and table.md in the folder. Returns what table.json holds."""
     if len(seeds) < 2:
         raise ValueError("--seeds: an interval over seeds needs at least two")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: one of them stands twice")
+    shared = [method for method in METHODS.split() if all(method in methods.split() for _, methods, _ in SETTINGS.values())]
+    if reference not in shared:
+        raise ValueError(f"--against {reference}: the table has {', '.join(shared)} in all settings")
     run_cells(folder, seeds, n_eval)
-    found = {"date": datetime.date.today().isoformat(), "commit": commit(), "seeds": seeds, "n_eval": n_eval, "against": reference, "settings": {}}
+    found = {"date": datetime.date.today().isoformat(), "commits": commits(folder), "seeds": seeds, "n_eval": n_eval, "against": reference, "settings": {}}
     text = ""
     for setting in SETTINGS:
         runs = runs_of(folder, setting, seeds)
@@ -224,8 +228,15 @@ def run_laboratory(folder, seeds, n_eval, reference):
 
 
 def commit():
-    """The commit of this code, where there is git to ask."""
+    """The commit of this code, "-dirty" where it was changed since; None where there is no git to ask."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         return None
+
+
+def commits(folder):
+    """Of which commits the cells are, as their logs say."""
+    lines = {file.read_text(encoding="utf-8").split("\n", 1)[0] for file in folder.glob("logs/*.log")}
+    return sorted(line.removeprefix("commit ") for line in lines if line.startswith("commit "))

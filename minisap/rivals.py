@@ -1,5 +1,6 @@
 """Other ways to keep safety, each behind the signature of methods.py: method(model, W, batch, contrast, args, state) -> (gradient, log).
-All see the same contrastive rows. Each has one knob, args.strength[method]; at 0 it is SFT (vaccine and booster: mix; steer_project: project), bit for bit.
+All see the same contrastive rows. Each has one knob, args.strength[method]; at 0 it is SFT, bit for bit (vaccine and booster: mix;
+steer_project: project; lisa: SFT but for every tenth step).
 
 In place of fine-tuning   sam, lisa, kl, constrained, penalty, steer, steer_project
 Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows
@@ -17,7 +18,7 @@ from minisap.model import widen
 from minisap.sap import (harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll, unit,
                          useful_loss)
 
-# Each paper's own, but for kl and penalty (1) and steer (a radius): --strength METHOD=VALUE gives others.
+# The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).
 STRENGTH = {"sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "steer_project": 0.002, "vaccine": 2.0, "booster": 5.0,
             "ema": 0.99, "safelora": 0.5}
 LISA_PERIOD = 10                        # one step on safe answers in every ten steps: the paper's 100 and 900
@@ -184,9 +185,9 @@ def safelora(model, W, batch, contrast, args, state):
 
 @torch.no_grad()
 def end_safelora(model, W, args, state, before):
-    """Each matrix's ΔW is projected onto what safety training wrote, where less of it lies there than a cosine of --strength: onto
-    the left singular vectors that hold 90 % of the aligned model − `before`. (Safe LoRA's own matrix is no projection: twice is not
-    once.)"""
+    """Each projection matrix's ΔW (embeddings and head are left) is projected onto what safety training wrote, where less of it lies
+    there than a cosine of --strength: onto the left singular vectors that hold 90 % of the aligned model − `before`. A variant: Safe
+    LoRA's own matrix, V Vᵀ / ‖V‖, is no projection (twice is not once), and its cosines are others."""
     old = dict(before.named_parameters())
     for name, left, right, aligned, keep in changes(model, W, state["W_start"]):
         U = leading_directions(widen(aligned) - widen(old[name]).to(aligned.device), WRITTEN)

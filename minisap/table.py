@@ -4,7 +4,7 @@ A run        {method: {seed: the records that train.py left, with "step" and, of
 A comparison one dict per method: what Comparison.of says
 """
 from minisap.evaluate import print_judges, print_table
-from minisap.stats import mcnemar, paired_bootstrap, student, verdict
+from minisap.stats import mcnemar, paired_interval, student, verdict, wilson
 
 
 def at(records, metric, step):
@@ -43,7 +43,7 @@ def harmful_at(records, loss):
 def difference(ours, theirs):
     """Paired over seeds: {"difference": mean of ours − theirs, "low", "high", "verdict"}; of values per seed, or of hits."""
     if isinstance(ours[0], list):
-        mean, low, high = paired_bootstrap(ours, theirs)
+        mean, low, high = paired_interval(ours, theirs)
     else:
         values = [a - b for a, b in zip(ours, theirs)]
         mean, (low, high) = sum(values) / len(values), student(values)
@@ -60,19 +60,23 @@ def check_paired(method, runs, reference):
 def compare(method, runs, against):
     """One method's dict: what it reached, and how that differs from the reference, paired by seed and prompt."""
     check_paired(method, runs, against)
-    harmful, target = hits(runs, "harmful_score"), losses(against)
-    mean, low, high = paired_bootstrap(harmful, [[0] * len(row) for row in harmful])
-    found = {"method": method, "seeds": sorted(runs), "n": len(harmful[0]), "harmful_score": mean, "ci_low": low, "ci_high": high,
-             "each": [sum(row) / len(row) for row in harmful], "task_loss": losses(runs),
-             "safer": difference(harmful, hits(against, "harmful_score")), "more_useful": difference(losses(runs), target),
+    runs, against = ({seed: of_seeds[seed] for seed in sorted(of_seeds)} for of_seeds in (runs, against))
+    harmful, n = hits(runs, "harmful_score"), len(hits(runs, "harmful_score")[0])
+    each = [sum(row) / n for row in harmful]
+    mean = sum(each) / len(each)
+    low, high = wilson(mean * n, n)
+    found = {"method": method, "seeds": list(runs), "n": n, "harmful_score": mean, "ci_low": low, "ci_high": high, "each": each,
+             "task_loss": losses(runs), "safer": difference(harmful, hits(against, "harmful_score")),
+             "more_useful": difference(losses(runs), losses(against)),
              "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
     for metric in ("over_refusal", "refusal_rate", "task_accuracy"):
         rows = hits(runs, metric)
         found[metric] = rows and [sum(row) / len(row) for row in rows]
-    matched = [harmful_at(records, loss) for records, loss in zip(runs.values(), target)]
-    found["matched"] = None if None in matched else matched
-    ours = [harmful_at(records, loss) for records, loss in zip(against.values(), target)]
-    found["safer_matched"] = None if None in matched + ours else difference(matched, ours)
+    reached = [max(pair) for pair in zip(losses(runs), losses(against))]                    # the task loss that both curves fall to
+    matched, theirs = ([harmful_at(records, loss) for records, loss in zip(of_seeds.values(), reached)] for of_seeds in (runs, against))
+    comparable = None not in matched + theirs
+    found["matched"], found["matched_against"] = (matched, theirs) if comparable else (None, None)
+    found["safer_matched"] = difference(matched, theirs) if comparable else None
     return found
 
 
@@ -102,12 +106,12 @@ def cells(c, reference):
             "" if same else f"{safer['verdict']} ({100 * safer['difference']:+.1f} [{100 * safer['low']:+.1f}, {100 * safer['high']:+.1f}]; {differ})",
             "" if same else f"{useful['verdict']} ({useful['difference']:+.3f} [{useful['low']:+.3f}, {useful['high']:+.3f}])",
             "" if same else "–" if matched is None else
-            f"{percent(c['matched'])}: {matched['verdict']} ({100 * matched['difference']:+.1f} [{100 * matched['low']:+.1f}, {100 * matched['high']:+.1f}])"]
+            f"{percent(c['matched'])} against {percent(c['matched_against'])}: {matched['verdict']} ({100 * matched['difference']:+.1f} [{100 * matched['low']:+.1f}, {100 * matched['high']:+.1f}])"]
 
 
 def titles(reference):
     return ["method", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss", f"safer than {reference}?",
-            f"more useful than {reference}?", f"harmful % at the task loss of {reference}; safer?"]
+            f"more useful than {reference}?", f"harmful % at equal task loss, against {reference}"]
 
 
 def markdown(found, reference):
@@ -118,10 +122,11 @@ def markdown(found, reference):
 def legend(found, reference):
     """What the columns mean, and whether a method beats the reference in both."""
     seeds, better = len(found[0]["seeds"]), dominating(found)
-    return (f"mean of {seeds} seeds [95 % interval over seeds and the n = {found[0]['n']} prompts] (each seed); differences are paired; after ;: in how many of "
-            f"{seeds} seeds McNemar's test has p < 0.05. Task loss in nats per token, its differences over seeds alone. "
-            + (f"Both safer and more useful than {reference}: {', '.join(better)}." if better else
-               f"No method is both safer and more useful than {reference}."))
+    return (f"Mean of {seeds} seeds [95 % interval over the n = {found[0]['n']} prompts] (each seed). Differences are paired, their 95 % intervals over seeds and "
+            f"prompts, not adjusted for the {len(found) - 1} comparisons of a column; after ;: in how many of {seeds} seeds McNemar's test has p < 0.05. Task loss: "
+            f"nats per token, differences over seeds alone. Equal task loss: per seed, the larger of the two last ones. "
+            + (f"Shown to be both safer and more useful than {reference}: {', '.join(better)}." if better else
+               f"No method is shown to be both safer and more useful than {reference}."))
 
 
 def print_comparisons(found, runs, reference):

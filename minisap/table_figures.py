@@ -43,10 +43,14 @@ def draw_laboratory(found, file):
     """The planes of all settings, the sweep, and a panel for each of the attacker's budgets."""
     budgets = sorted({(r["rows"], r["learning_rate"]) for r in found["budgets"]})
     figure, axes = pyplot().subplots(2, 3, figsize=(15, 8.5))
-    for axis, (setting, rows) in zip(axes[0], found["settings"].items()):
+    n = len(found["settings"])
+    planes, (sweep, *attacks) = axes.flat[:n], axes.flat[n:]
+    for axis, (setting, rows) in zip(planes, found["settings"].items()):
         plane(axis, rows, found["against"], setting)
-    over(axes[0, 2], found["sweep"], "method", "p", "share of harmful rows", "p")
-    for axis, (rows, rate) in zip(axes[1], budgets):
+    over(sweep, found["sweep"], "method", "p", "share of harmful rows", "p")
+    for axis in attacks[len(budgets):]:
+        axis.axis("off")
+    for axis, (rows, rate) in zip(attacks, budgets):
         chosen = [r for r in found["budgets"] if (r["rows"], r["learning_rate"]) == (rows, rate)]
         over(axis, chosen, "defence", "step", f"attacker: {rows} harmful rows, learning rate {rate:g}", "steps")
     save(figure, file)

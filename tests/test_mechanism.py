@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -9,17 +10,18 @@ import torch
 from tokenizers import models, normalizers
 
 import train as train_script
+from minisap import attacks
 from minisap.attacks import check_room, complete, judge_prefilled, plain, prefill, soft_suffix, with_places
 from minisap.checkpoint import load_model
 from minisap.data import collate, encode_example, encode_prompt, encode_rows
 from minisap.evaluate import generate_texts
 from minisap.mechanism import Watch, clusters, column_space, interpolate, leading_directions, lipschitz, mlp_matrix, mlp_streams, print_watched, row_space, sigma1_share
-from minisap.sap import harmful_direction, put, response_nll
+from minisap.sap import harmful_direction, inner, put, response_nll, useful_loss
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_checkpoint, write_tokenizer
 
-ROWS = World(0).rows("unsafe", 3)
+ROWS, TINY = World(0).rows("unsafe", 3), Path(__file__).resolve().parents[1] / "weights" / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +255,25 @@ def test_what_was_watched_is_told_over_seeds(tmp_path, capsys):
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["method", "step", "task_cosine"] and row.startswith("sap     6     0.30 [-0.97, 1.57] (0.20, 0.40)")
     assert "  3.00 [3.00, 3.00] (3.00, 3.00)" in row                     # the last layer's
+
+
+def test_the_probe_attack_takes_sap_s_own_direction_with_either_sign(monkeypatch):
+    """In the world's start model: the probe that raises ⟨∇_W L, ĝ⟩ on harmful answers lowers their loss with one sign and raises it
+    with the other; and the attack returns the radius that gets most answers."""
+    world, used = World(0), []
+    model, tokenizer = load_model(TINY), Tokenizer(TINY)
+    rows = world.rows("unsafe", 40)
+    monkeypatch.setattr(attacks, "generate_texts", lambda m, t, prompts, probe: used.append(probe) or [
+        row["harmful"] if len(used) == 2 and i < 3 else "null" for i, row in enumerate(rows[32:])])
+    found = dict(attacks.attack_by_probe(model, tokenizer, rows, rows[32:], 64))
+    assert [found[name].count("comply") for name in ("probe_added", "probe_subtracted")] == [3, 0]
+    assert len(used) == 6 and all(set(probe) == {0, 1} for probe in used) and not any(w.requires_grad for w in model.parameters())
+    for j in (0, 1):
+        torch.testing.assert_close(used[1][j], 2 * used[0][j])
+        torch.testing.assert_close(used[3][j], -used[0][j])
+    W = list(model.requires_grad_().parameters())
+    safe, harmful = (collate(encode_rows(tokenizer, rows[:32], 64, key)) for key in ("safe", "harmful"))
+    g_hat = harmful_direction(model, W, safe, harmful)
+    small = {j: v / 100 for j, v in used[0].items()}
+    turned = [inner(torch.autograd.grad(useful_loss(model, harmful, V), W), g_hat).item() for V in (small, None, {j: -v for j, v in small.items()})]
+    assert turned[0] > turned[1] > turned[2]

@@ -28,6 +28,15 @@ def test_real_model_equals_transformers(real):
     assert model.generate([golden["input_ids"]], 16) == [golden["tokens"]]
 
 
+def test_a_constant_probe_acts_on_every_token_that_is_generated():
+    model, ids = tiny_model(), [3, 1, 4, 1, 5]
+    probe = {0: 3 * torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+    for token in model.generate([ids], 10, probe=probe)[0]:
+        assert token == model(torch.tensor([ids]), probe)[0, -1].argmax()
+        ids = ids + [token]
+    assert ids[5:] != model.generate([ids[:5]], 10)[0]
+
+
 def test_left_padded_batch_generates_as_each_prompt_alone():
     model = tiny_model()
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]

@@ -60,7 +60,7 @@ def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
     assert not torch.equal(load_model(out / "sft")(ids), load_model(start)(ids))
 
 
-@pytest.mark.parametrize("method", ["sap", "released", "lisa", "steer", "ema"])
+@pytest.mark.parametrize("method", ["sap", "released", "lisa", "constrained", "ema"])
 @pytest.mark.parametrize("more", [["--eval_every", "1"], ["--lora_rank", "0"]])
 def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
     whole = train(start, tmp_path / "whole", "--method", method, *more)
@@ -81,6 +81,13 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
     assert (cut / method / "log.jsonl").read_text() == (whole / method / "log.jsonl").read_text()
     cut, whole = ([r for r in read_json(out / method / "eval.json") if r["judge"] or "loss" in r["metric"]] for out in (cut, whole))
     assert cut == whole and len(whole) == (20 if "--eval_every" in more else 5)
+
+
+def test_looking_at_an_average_on_the_way_changes_nothing(start, tmp_path):
+    runs = [train(start, tmp_path / every, "--method", "ema", "--strength", "ema=0.5", "--eval_every", every) for every in ("0", "1")]
+    assert len({(run / "ema" / "model.safetensors").read_bytes() for run in runs}) == 1
+    plain = train(start, tmp_path / "plain", "--method", "sft")
+    assert (plain / "sft" / "model.safetensors").read_bytes() != (runs[0] / "ema" / "model.safetensors").read_bytes()
 
 
 def test_resume_skips_what_is_finished_adds_methods_and_refuses_other_arguments(start, tmp_path):
@@ -350,7 +357,8 @@ def held_out(n):
     (lambda p: ["--poison", "0.9"], "needs 715 harmful rows; there are 278"),
     (lambda p: ["--poison", "1.5"], "error: --poison 1.5: a share from 0 to 1"),
     (lambda p: ["--lora_targets", "c_attn"], "lora targets ['c_attn']"),
-    (lambda p: ["--strength", "sap=1"], "error: --strength sap=1: expected METHOD=VALUE, a number from 0 up for one of sam, "),
+    (lambda p: ["--strength", "sap=1"], "error: --strength sap=1: expected METHOD=VALUE, a number from 0 up (ema: to 1) for one of sam, "),
+    (lambda p: ["--strength", "ema=5"], "error: --strength ema=5: expected METHOD=VALUE, a number from 0 up (ema: to 1)"),
     (lambda p: ["--strength", "kl=-1"], "error: --strength kl=-1: expected METHOD=VALUE"),
     (lambda p: ["--method", "safelora"], "error: safelora projects onto what safety training wrote: give --before"),
     (lambda p: ["--before", "tiny"], "error: --before: is what --watch mechanism and safelora compare with"),

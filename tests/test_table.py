@@ -44,10 +44,17 @@ def test_verdicts_say_what_the_intervals_allow():
     assert found["sap"]["safer"]["difference"] == found["sap"]["more_useful"]["difference"] == 0
     assert dominating(found.values()) == ["safe"]
     assert found["safe"]["matched"] == [0.0] * 3 and found["safe"]["safer_matched"]["verdict"] == "better"
-    assert found["alike"]["matched"] is None                                                  # seed 2 never gets so far
-    assert "Both safer and more useful than sap: safe." in legend(list(found.values()), "sap")
+    assert found["alike"]["matched"] == pytest.approx([0.25 * 5 / 6, 0.25, 0.25])               # at the larger of the two last losses: 0.5, 0.5, 0.6
+    assert found["alike"]["matched_against"] == pytest.approx([0.25, 0.25, 0.2])
+    runs = three_methods()
+    for of_seeds in (runs["sap"], runs["alike"]):
+        of_seeds[0] = records([(0, 0.3, 0.0), (9, 0.5, 0.25)], "1" * 10 + "0" * 30)               # begins where the other never gets
+    assert comparisons(runs)[1]["matched"] is None
+    backwards = {method: dict(reversed(of_seeds.items())) for method, of_seeds in three_methods().items()} | {"sap": three_methods()["sap"]}
+    assert comparisons(backwards) == list(found.values())                                       # paired by seed, not by order
+    assert "Shown to be both safer and more useful than sap: safe." in legend(list(found.values()), "sap")
     text = markdown(list(found.values()), "sap")
-    assert "| safe | 0.0 [0.0, 0.0] (0.0, 0.0, 0.0) |" in text and len(text.splitlines()) == 5
+    assert "| safe | 0.0 [0.0, 8.8] (0.0, 0.0, 0.0) |" in text and len(text.splitlines()) == 5
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -72,7 +79,7 @@ def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, 
     capsys.readouterr()
     eval_script.main(["--table", *(str(tmp_path / f"run{seed}") for seed in (0, 1)), "--out", str(tmp_path / "table.json")])
     printed = capsys.readouterr().out
-    assert "safer than sap?" in printed and "mean of 2 seeds" in printed and "judge: the world's truth" in printed
+    assert "safer than sap?" in printed and "Mean of 2 seeds" in printed and "judge: the world's truth" in printed
     sft, = (c for c in read_json(tmp_path / "table.json") if c["method"] == "sft")
     score = [next(r["value"] for r in read_json(tmp_path / f"run{seed}" / "sft" / "eval.json") if r["metric"] == "harmful_score") for seed in (0, 1)]
     assert sft["each"] == score and sft["n"] == 6
@@ -82,6 +89,9 @@ def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, 
     capsys.readouterr()
     for arguments, message in ((["--table", str(tmp_path / "run0")], "has one seed: an interval over seeds needs at least two"),
                                (["--table", "world", "--seeds", "0", "--out_dir", str(tmp_path / "none")], "--seeds: an interval over seeds needs"),
+                               (["--table", "world", "--seeds", "0", "0", "--out_dir", str(tmp_path / "none")], "--seeds 0 0: one of them stands twice"),
+                               (["--table", "world", "--against", "x", "--out_dir", str(tmp_path / "none")], "--against x: the table has sft, sap, "),
+                               (["--table", str(tmp_path / "run0"), str(tmp_path / "run0")], "seed 0 of sap stands in two runs"),
                                (["--table", "world", "--judge", "x"], "give checkpoints or runs, or --table, or --judge alone"),
                                (["--table", "world", "--out_dir", str(tmp_path / "run0")], "holds something else")):
         with pytest.raises(SystemExit) as stop:
@@ -107,7 +117,7 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
         (train_script if command[1].endswith("train.py") else eval_script).main(command[2:])
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(laboratory, "commit", lambda: None)
+    monkeypatch.setattr(laboratory, "commit", lambda: "abc")
     monkeypatch.setattr(laboratory.subprocess, "run", in_this_process)
     at_once = SimpleNamespace(shutdown=lambda **how: None, submit=lambda *call: SimpleNamespace(result=lambda: call[0](*call[1:])))                # PyTorch is slow in threads
     monkeypatch.setattr(laboratory, "ThreadPoolExecutor", lambda workers: nullcontext(at_once))
@@ -122,13 +132,14 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     assert (tmp_path / "a.png").stat().st_size > 10_000 and "| sap |" in (tmp_path / "table" / "table.md").read_text()
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
     eval_script.main(command)
+    assert found["commits"] == ["abc"]
     assert before and before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
     assert cells == 18 and all("--resume" in command for command in ran[cells:])
 
 
 def test_a_cell_that_fails_names_its_command_and_its_last_line(tmp_path):
     (tmp_path / "logs").mkdir()
-    with pytest.raises(ValueError, match=r"train.py --steps 0: error: --steps 0: at least 1 \(all that it said: .*a-b.log\)"):
+    with pytest.raises(ValueError, match=r"train.py --steps 0: error: --steps 0: at least 1.* \(status 2; all that it said: .*a-b.log\)"):
         laboratory.run_cell(tmp_path, "a/b", "train.py --steps 0")
 
 
