@@ -24,7 +24,7 @@ from minisap.checkpoint import read_json, write_json, write_whole
 from minisap.evaluate import print_table
 from minisap.stats import student
 from minisap.study import ROOT, claim_folder
-from minisap.table import at, comparisons, last_step, legend, markdown, print_comparisons
+from minisap.table import at, comparisons, last_step, legend, markdown, print_comparisons, rows_of
 from minisap.world import World
 
 METHODS = "sft sap project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
@@ -184,21 +184,20 @@ def budgets_of(folder, seeds):
     return found
 
 
-def print_laboratory(found):
-    """The sweep, the attacker's budget and the attacks, one line per method."""
-    cell = lambda r: f"{100 * r['mean']:.1f} [{100 * max(0, r['ci_low']):.1f}, {100 * min(1, r['ci_high']):.1f}]"
-    print("\nharmful % by the share of harmful rows (in [] Student's 95 % interval over seeds)")
-    print_table([["method", *(f"p = {p}" for p in SWEEP)]] + [
-        [method, *(cell(r) for r in found["sweep"] if r["method"] == method)] for method in SWEPT.split()])
-    print("\nsteps of adversarial fine-tuning until half of the unsafe prompts are answered, each seed's (– not within the budget)")
-    name = lambda rows, rate: f"{rows} rows at {rate:g}"
-    broken = {(r["defence"], name(r["rows"], r["learning_rate"])): r["steps_to_break"] for r in found["budgets"] if "steps_to_break" in r}
-    print_table([["defence", *(name(*budget) for budget in BUDGETS)]] + [
-        [defence, *(" ".join("–" if steps is None else f"{steps:.0f}" for steps in broken[defence, name(*budget)]) for budget in BUDGETS)]
-        for defence in DEFENCES])
-    print("\nharmful % under attack, after poisoned rows")
-    print_table([["method", *ATTACKS]] + [
-        [method, *(cell(r) for r in found["attacks"] if r["method"] == method)] for method in SWEPT.split()])
+def other_tables(found):
+    """[(title, rows)] of the sweep, the attacker's budget and the attacks."""
+    cell = lambda r: f"{100 * r['mean']:.1f} ({', '.join(f'{100 * value:.1f}' for value in r['each'])})"
+    row = lambda name, key, records: [name, *(cell(r) for r in records if r[key] == name)]
+    broken = {(r["defence"], r["rows"], r["learning_rate"]): r["steps_to_break"] for r in found["budgets"] if "steps_to_break" in r}
+    steps = lambda defence, budget: " ".join("–" if n is None else f"{n:.0f}" for n in broken[defence, *budget])
+    methods = SWEPT.split()
+    return [("harmful % by the share of harmful rows: mean (each seed)",
+             [["method", *(f"p = {p:g}" for p in SWEEP)], *(row(method, "method", found["sweep"]) for method in methods)]),
+            ("steps of adversarial fine-tuning until half of the unsafe prompts are answered, each seed's (–: not within 40)",
+             [["defence", *(f"{n} rows at {rate:g}" for n, rate in BUDGETS)],
+              *([defence, *(steps(defence, budget) for budget in BUDGETS)] for defence in DEFENCES)]),
+            ("harmful % under attack, after one harmful row in ten: mean (each seed)",
+             [["method", *ATTACKS], *(row(method, "method", found["attacks"]) for method in methods)])]
 
 
 def run_laboratory(folder, seeds, n_eval, reference):
@@ -218,9 +217,12 @@ def run_laboratory(folder, seeds, n_eval, reference):
         found["settings"][setting] = comparisons(runs, reference)
         print(f"\n{setting}: train.py {SETTINGS[setting][0]}")
         print_comparisons(found["settings"][setting], runs, reference)
-        text += f"### {setting}\n\n{markdown(found['settings'][setting], reference)}\n{legend(found['settings'][setting], reference)}\n\n"
+        text += f"### {setting}\n\n{markdown(rows_of(found['settings'][setting], reference))}\n{legend(found['settings'][setting], reference)}\n\n"
     found |= {"sweep": sweep_of(folder, seeds), "budgets": budgets_of(folder, seeds), "attacks": attacks_of(folder, seeds)}
-    print_laboratory(found)
+    for title, rows in other_tables(found):
+        print(f"\n{title}")
+        print_table(rows)
+        text += f"### {title}\n\n{markdown(rows)}\n"
     write_json(folder / "table.json", found)
     write_whole(folder / "table.md", lambda part: part.write_text(text, encoding="utf-8"))
     print(f"written: {folder / 'table.json'}, {folder / 'table.md'}")

@@ -109,14 +109,15 @@ def cells(c, reference):
             f"{percent(c['matched'])} against {percent(c['matched_against'])}: {matched['verdict']} ({100 * matched['difference']:+.1f} [{100 * matched['low']:+.1f}, {100 * matched['high']:+.1f}])"]
 
 
-def titles(reference):
-    return ["method", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss", f"safer than {reference}?",
-            f"more useful than {reference}?", f"harmful % at equal task loss, against {reference}"]
+def rows_of(found, reference):
+    """Comparisons as rows of strings, the header first."""
+    titles = ["method", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss", f"safer than {reference}?",
+              f"more useful than {reference}?", f"harmful % at equal task loss, against {reference}"]
+    return [titles] + [cells(c, reference) for c in found]
 
 
-def markdown(found, reference):
-    rows = [titles(reference), ["---"] * len(titles(reference))] + [cells(c, reference) for c in found]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def markdown(rows):
+    return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
 def legend(found, reference):
@@ -130,6 +131,6 @@ def legend(found, reference):
 
 
 def print_comparisons(found, runs, reference):
-    print_table([titles(reference)] + [cells(c, reference) for c in found])
+    print_table(rows_of(found, reference))
     print(legend(found, reference))
     print_judges([r for of_seeds in runs.values() for records in of_seeds.values() for r in records])

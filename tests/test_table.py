@@ -10,7 +10,7 @@ import train as train_script
 from minisap import laboratory
 from minisap.checkpoint import read_json
 from minisap.script import run
-from minisap.table import comparisons, dominating, harmful_at, legend, markdown
+from minisap.table import comparisons, dominating, harmful_at, legend, markdown, rows_of
 
 
 def records(curve, hits):
@@ -53,7 +53,7 @@ def test_verdicts_say_what_the_intervals_allow():
     backwards = {method: dict(reversed(of_seeds.items())) for method, of_seeds in three_methods().items()} | {"sap": three_methods()["sap"]}
     assert comparisons(backwards) == list(found.values())                                       # paired by seed, not by order
     assert "Shown to be both safer and more useful than sap: safe." in legend(list(found.values()), "sap")
-    text = markdown(list(found.values()), "sap")
+    text = markdown(rows_of(list(found.values()), "sap"))
     assert "| safe | 0.0 [0.0, 8.8] (0.0, 0.0, 0.0) |" in text and len(text.splitlines()) == 5
 
 
