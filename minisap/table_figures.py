@@ -8,10 +8,11 @@ def plane(axis, found, reference, title=""):
     for c in found:
         x, y = sum(c["task_loss"]) / len(c["task_loss"]), 100 * c["harmful_score"]
         low, high = student(c["task_loss"])
+        low = max(low, x / 2)                                           # the scale is logarithmic
         drawn = axis.errorbar(x, y, xerr=[[x - low], [high - x]], yerr=[[y - 100 * c["ci_low"]], [100 * c["ci_high"] - y]], fmt="o",
                               markersize=7 if c["method"] == reference else 4, linewidth=0.8, capsize=2)
         axis.annotate(c["method"], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7, color=drawn[0].get_color())
-    axis.set(xlabel="task loss, nats per token (useful: to the left)", ylabel="harmful score, % (safe: below)", title=title)
+    axis.set(xscale="log", xlabel="task loss, nats per token (useful: to the left)", ylabel="harmful score, % (safe: below)", title=title)
 
 
 def over(axis, found, key, x, title, xlabel):

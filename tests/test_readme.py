@@ -7,7 +7,9 @@ import eval as eval_script
 from minisap.checkpoint import read_json
 from minisap.compare import Series
 from minisap.evaluate import format_value
+from minisap.laboratory import other_tables
 from minisap.stats import wilson
+from minisap.table import legend, markdown, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GOLDEN = (ROOT / "README.md").read_text(), ROOT / "tests" / "golden"
@@ -30,6 +32,15 @@ def test_the_tables_are_what_the_records_say(capsys):
     for line in tables:
         for cell in line.strip("| ").split(" | ")[1:]:
             assert cell in told, line
+
+
+def test_the_world_s_table_is_what_the_record_says():
+    found = read_json(GOLDEN / "world" / "table.json")
+    for comparisons in found["settings"].values():
+        assert markdown(rows_of(comparisons, found["against"])) in README
+    assert legend(found["settings"]["poisoned"], found["against"]) in re.sub(r"\s+", " ", README)
+    for _, rows in other_tables(found):
+        assert markdown(rows) in README
 
 
 def test_the_observations_are_what_the_record_says():
