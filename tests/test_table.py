@@ -1,6 +1,7 @@
 """Methods against each other, on records whose answer is known, and the laboratory's cells as train.py commands."""
 import shlex
 from contextlib import nullcontext
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -122,14 +123,15 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     at_once = SimpleNamespace(shutdown=lambda **how: None, submit=lambda *call: SimpleNamespace(result=lambda: call[0](*call[1:])))                # PyTorch is slow in threads
     monkeypatch.setattr(laboratory, "ThreadPoolExecutor", lambda workers: nullcontext(at_once))
     monkeypatch.setattr(laboratory, "as_completed", list)
-    command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "4", "--out_dir", str(tmp_path / "table"), "--plot", str(tmp_path / "a.png")]
-    eval_script.main(command)
+    command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "4", "--out_dir", str(tmp_path / "table")]
+    plot = ["--plot", str(tmp_path / "a.png")] if find_spec("matplotlib") else []              # an optional extra
+    eval_script.main([*command, *plot])
     printed, cells = capsys.readouterr().out, len(ran)
     assert "sap --gate 0" in printed and "aligned, then sft" in printed and "4 rows at 0.001" in printed and "probe_subtracted" in printed
     found = read_json(tmp_path / "table" / "table.json")
     assert [c["method"] for c in found["settings"]["format"]] == ["sft", "sap", "safelora", *laboratory.VARIANTS, "aligned, then sft"]
     assert {(r["defence"], r["step"]) for r in found["budgets"]} == {(d, step) for d in few["DEFENCES"] for step in (0, 1, 2)}
-    assert (tmp_path / "a.png").stat().st_size > 10_000 and "| sap |" in (tmp_path / "table" / "table.md").read_text()
+    assert "| sap |" in (tmp_path / "table" / "table.md").read_text() and (tmp_path / "a.png").exists() == bool(plot)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
     eval_script.main(command)
     assert found["commits"] == ["abc"]
