@@ -2,13 +2,16 @@
 import shlex
 from contextlib import nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 import eval as eval_script
 import train as train_script
-from minisap import laboratory
+from minisap import laboratory, table_figures
 from minisap.checkpoint import read_json
 from minisap.script import run
 from minisap.table import comparisons, dominating, harmful_at, legend, markdown, rows_of
@@ -158,3 +161,13 @@ def test_steps_to_break_are_where_the_line_crosses_a_half():
     curve = lambda *values: [{"metric": "harmful_score", "step": 5 * i, "value": value} for i, value in enumerate(values)]
     assert laboratory.steps_to_break(curve(0.0, 0.25, 0.75)) == pytest.approx(7.5)
     assert laboratory.steps_to_break(curve(0.6, 0.9)) == 0 and laboratory.steps_to_break(curve(0.0, 0.1)) is None
+
+
+def test_every_panel_of_the_picture_holds_one_thing(monkeypatch):
+    """Of the committed record: a dot per method, a line per method or defence, and the sixth panel empty."""
+    axes = np.array([[MagicMock() for _ in range(3)] for _ in range(2)])
+    for axis in axes.flat:
+        axis.plot.return_value = [MagicMock()]
+    monkeypatch.setattr(table_figures, "pyplot", lambda: MagicMock(subplots=lambda *shape, **options: (MagicMock(), axes)))
+    table_figures.draw_laboratory(read_json(Path(__file__).parent / "golden" / "world" / "table.json"), "a.png")
+    assert [(axis.errorbar.call_count, axis.plot.call_count) for axis in axes.flat] == [(20, 0), (11, 0), (0, 4), (0, 7), (0, 7), (0, 0)]
