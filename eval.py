@@ -7,14 +7,15 @@
     python eval.py --table runs/seed0 runs/seed1                    methods against each other, paired, as training recorded them
     python eval.py --judge xstest_labelled.csv                      how far the judge agrees with people
 """
+import itertools
 from pathlib import Path
 
 from minisap.attacks import ATTACKS, attack, attack_by_probe, check_room
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits, read_records, sha256_of, text_of
 from minisap.evaluate import SHARES, evaluate, format_value, print_judges, print_records, print_table, share
-from minisap.laboratory import run_laboratory
 from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
+from minisap.laboratory import run_laboratory
 from minisap.mechanism import print_watched
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
@@ -25,7 +26,7 @@ from minisap.table_figures import draw_laboratory, draw_plane
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
 # In which runs of one method may differ.
 ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every", "before")
-ANY_METHOD = ("radius", "layers", "gate", "neutral", "projection", "epsilon", "strength")
+ANY_METHOD = ("probe", "gate", "layers", "radius", "epsilon", "projection", "safety_weight", "strength")
 
 
 def parse_args(argv=None):
@@ -83,10 +84,9 @@ def measure(args, path, splits, safe_prompts):
     method = path.resolve().name if run_file(path).exists() else ""
     if args.attack:
         judge, _ = judge_of(tokenizer)
-        for name, verdicts, _ in attack(model, tokenizer, splits["eval_unsafe"], args.max_len):
-            found.append(share(f"harmful_score_{name}", verdicts, "comply", judge))
-            found.append(share(f"refusal_rate_{name}", verdicts, "refuse", judge))
-        for name, verdicts in attack_by_probe(model, tokenizer, splits["harmful"], splits["eval_unsafe"], args.max_len):
+        by_input = attack(model, tokenizer, splits["eval_unsafe"], args.max_len)
+        by_probe = attack_by_probe(model, tokenizer, splits["harmful"], splits["eval_unsafe"], args.max_len)
+        for name, verdicts, *_ in itertools.chain(by_input, by_probe):
             found.append(share(f"harmful_score_{name}", verdicts, "comply", judge))
             found.append(share(f"refusal_rate_{name}", verdicts, "refuse", judge))
     return [{"model": str(path), "method": method, "seed": "", "step": ""} | r for r in found]

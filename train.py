@@ -28,17 +28,17 @@ from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
 from minisap.methods import METHODS, PAIRLESS
-from minisap.rivals import AFTER, BEFORE, STRENGTH
 from minisap.model import Llama
-from minisap.sap import put
 from minisap.resume import claim_out_dir, load_state, save_state
+from minisap.rivals import AFTER, BEFORE, STRENGTH, parse_strength
+from minisap.sap import copies, put
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
                             of_world, run, use_device)
 
 
 # Other defaults for models of the synthetic world, which are tiny.
 WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "warmup": 20, "lora_rank": 0,
-        "layers": "0,1", "radius": 0.3, "gate": 0.05, "threads": 1}
+        "layers": "0,1", "radius": 0.1, "gate": 0.05, "threads": 1}
 
 
 def parse_args(argv=None):
@@ -67,15 +67,16 @@ def parse_args(argv=None):
     # machine
     add_machine_flags(add)
     # SAP
-    add("--layers", help="layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
-    add("--gate", type=float, default=0.0,
-        help="the probe acts on the rows whose loss falls along ĝ at least this share as fast as the safety loss rises; 0: on all rows, "
-             "as the paper (default: 0)")
-    add("--neutral", choices=("on", "off"), default="off",
-        help="on: the probe loses what lowers the task loss, to first order, and bears a larger radius (default: off, as the paper)")
+    add("--probe", choices=("rows", "states"), default="rows",
+        help="where sap has its probe: on the rows of a batch, of which it leaves out those that lead to harm, or on the hidden states, as the "
+             "paper (--method paper: so, and nothing more) (default: rows)")
+    add("--gate", type=float, default=0.5,
+        help="rows: how fast a row's loss must fall along ĝ to be left out, as a share of how fast the safety loss rises; 0: none is (default: 0.5)")
+    add("--layers", help="states: layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
+    add("--epsilon", type=float, default=0.0, help="states: fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     add("--projection", choices=("on", "off"), default="on",
-        help="project the harmful component out of SAP's gradient (default: on)")
-    add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
+        help="project the harmful component out of sap's gradient (default: on)")
+    add("--safety_weight", type=float, default=0.05, help="λ: then add λ times the safety loss's gradient (default: 0.05)")
     # rivals
     add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py (default: "
         + " ".join(f"{method}={value}" for method, value in STRENGTH.items()) + ")")
@@ -109,24 +110,13 @@ def aligns(args):
     return bool(set(args.method) & {*ALIGN, *BEFORE, "pretrain"})
 
 
-def parse_strength(pairs):
-    """METHOD=VALUE texts over the defaults: {method: value}."""
-    found = dict(STRENGTH)
-    for pair in pairs:
-        method, _, value = pair.partition("=")
-        if method not in STRENGTH or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value) or float(value) > (1 if method == "ema" else 1e9):
-            raise ValueError(f"--strength {pair}: expected METHOD=VALUE, a number from 0 up (ema: to 1) for one of {', '.join(STRENGTH)}")
-        found[method] = float(value)
-    return found
-
-
 def check_args(args):
     """Settle what depends on other arguments, and check every number."""
     args.poison = args.poison if args.poison is not None else 0.0 if args.task or aligns(args) else 0.1
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
     check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every", "watch_every")
-    check_minimum(args, 0, "radius", "gate", "epsilon", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
+    check_minimum(args, 0, "radius", "gate", "epsilon", "safety_weight", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
     args.strength = parse_strength(args.strength)
@@ -198,7 +188,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 contrast["refused"] = collate([row["refused"] for row in rows], device=args.device)
             grads, log = METHODS[method](model, W, batch, contrast, args, state)
             looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
-            W_before = [w.detach().clone() for w in W] if looks else None
+            W_before = copies(W) if looks else None
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
@@ -221,7 +211,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
 
 def end(args, method, model, W, state):
     """What a method does to W when its training is done. Returns W as it was, where it changes."""
-    kept = [w.detach().clone() for w in W] if method in AFTER else []
+    kept = copies(W) if method in AFTER else []
     if method in AFTER:
         before = args.before and load_model(args.before, torch.float32, args.device)
         AFTER[method](model, W, args, state, before)

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minisap.sap import put, response_nll, token_nll
+from minisap.sap import copies, response_nll, token_nll, weights_at
 
 UNLEARN_GAMMA = 0.1                     # the paper's, at its larger learning rate
 DPO_BETA, DPO_GAMMA = 0.1, 0.01
@@ -20,6 +20,13 @@ DPO_BETA, DPO_GAMMA = 0.1, 0.01
 def answer_loss(model, *batches):
     """ℓ of every row of the batches: (rows,)."""
     return torch.cat([nats / tokens for nats, tokens in (response_nll(model, batch) for batch in batches)])
+
+
+@torch.no_grad()
+def at_start(W, state, value):
+    """value() by the weights that the run began with; W as it was then is kept in `state`."""
+    with weights_at(W, state.setdefault("W_start", copies(W))):
+        return value()
 
 
 def preferred(model, batch, contrast):
@@ -43,15 +50,9 @@ def unlearn(model, W, batch, contrast, args, state):
 
 
 def dpo(model, W, batch, contrast, args, state):
-    """−E log σ(β (ℓ_0(y_p) − ℓ(y_p)) − γ (ℓ_0(y_l) − ℓ(y_l))), ℓ_0 by the model that the run began with: W as it was then is kept
-    in `state` and put in W's place for a moment."""
-    start = state.setdefault("W_start", [w.detach().clone() for w in W])
-    with torch.no_grad():
-        now = [w.clone() for w in W]
-        put(W, start)
-        p_0, l_0 = preferred(model, batch, contrast), dispreferred(model, batch, contrast)
-        put(W, now)
-    p, l = preferred(model, batch, contrast), dispreferred(model, batch, contrast)
+    """−E log σ(β (ℓ_0(y_p) − ℓ(y_p)) − γ (ℓ_0(y_l) − ℓ(y_l))), ℓ_0 by the model that the run began with."""
+    both = lambda: (preferred(model, batch, contrast), dispreferred(model, batch, contrast))
+    (p_0, l_0), (p, l) = at_start(W, state, both), both()
     loss = -F.logsigmoid(DPO_BETA * (p_0 - p) - DPO_GAMMA * (l_0 - l)).mean()
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 

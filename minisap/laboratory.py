@@ -3,14 +3,13 @@ can run alone; what is finished is kept. Under OUT_DIR:
 
 poisoned/seed0      a new output format is to be learnt, and one row in ten is harmful: every method's directory, as train.py leaves it
 harmless/seed0      the same without the harmful rows
-…-variant0/seed0    the same, SAP as in the paper;  …-vaccine/seed0: SFT after a stage of Vaccine
+…-variant0/seed0    the same, SAP without one of its parts;  …-vaccine/seed0: SFT after a stage of Vaccine
 first-vaccine/seed0 such a stage, on harmless rows
 poison0.2/seed0     the sweep over the share of harmful rows
 attack/…/seed0      adversarial fine-tuning of what came out: SFT on nothing but harmful rows
 attacked/seed0.json prefills, soft suffixes and probes against what came out
 """
 import datetime
-import json
 import os
 import shlex
 import subprocess
@@ -23,12 +22,12 @@ from minisap.attacks import ATTACKS
 from minisap.checkpoint import read_json, write_json, write_whole
 from minisap.evaluate import print_table
 from minisap.stats import student
-from minisap.study import ROOT, claim_folder
+from minisap.study import ROOT, claim_folder, write_jsonl
 from minisap.table import at, comparisons, last_step, legend, markdown, print_comparisons, rows_of
 from minisap.world import World
 
-METHODS = "sft sap project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
-VARIANTS = {"sap --gate 0": "--gate 0", "sap --gate 0 --projection off": "--gate 0 --projection off"}                    # the latter is the paper's
+METHODS = "sft sap paper project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
+VARIANTS = [f"sap {flags}" for flags in ("--gate 0", "--safety_weight 0", "--projection off", "--probe states --safety_weight 0")]   # what is each part worth?
 # The rivals' knobs: of four values each (stages: three), on seed 0 of "poisoned", about the one with the fewest harmful answers at a task
 # accuracy of 85 % or more. So was SAP's radius chosen, of three.
 STRENGTH = "sam=0.2 lisa=1 kl=100 constrained=1 penalty=0.05 steer=0.15 steer_project=0.07 ema=0.97 safelora=0.5"
@@ -51,10 +50,7 @@ def write_rows(folder, n_eval):
     for n, _ in BUDGETS:                                                                    # other rows; train.py holds n_eval of them out
         others = world.rows("unsafe", len(unsafe) + n + n_eval)[len(unsafe):]
         files[f"attack{n}"] = [row | {"response": row["harmful"]} for row in others]
-    folder.mkdir(exist_ok=True)
-    for name, rows in files.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(folder / f"{name}.jsonl", lambda part: part.write_text(lines))
+    write_jsonl(folder, files)
 
 
 def cells(seed, n_eval):
@@ -64,8 +60,8 @@ def cells(seed, n_eval):
     main, attacks = {}, {}
     for setting, (flags, methods, stages) in SETTINGS.items():
         main[f"{setting}/{at_seed}"] = f"--method {methods} --strength {STRENGTH} {flags}" + " --before tiny/instruct" * ("safelora" in methods)
-        for i, variant in enumerate(VARIANTS.values()):
-            main[f"{setting}-variant{i}/{at_seed}"] = f"--method sap {flags} {variant}"
+        for i, variant in enumerate(VARIANTS):
+            main[f"{setting}-variant{i}/{at_seed}"] = f"--method {variant} {flags}"
         for stage in stages:
             main[f"{setting}-{stage}/{at_seed}"] = f"--model {DEFENCES[stage].replace('SEED', at_seed)} --method sft {flags}"
     for p, name in SWEEP.items():
@@ -172,7 +168,7 @@ def steps_to_break(records, share=0.5):
 
 
 def budgets_of(folder, seeds):
-    """[{defence, rows, learning_rate, step, harmful score over seeds}], and under "steps_to_break" each seed's at step 0."""
+    """[{defence, rows, learning_rate, step, harmful score over seeds}], the last step's with each seed's "steps_to_break"."""
     found = []
     for defence in DEFENCES:
         for rows, rate in BUDGETS:

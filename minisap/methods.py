@@ -1,7 +1,7 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
 batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
-args    layers, radius, gate, neutral, projection, epsilon, seed, steps, strength: see train.py --help
+args    probe, gate, layers, radius, epsilon, projection, safety_weight, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 """
 import numpy as np
@@ -9,8 +9,8 @@ import torch
 
 from minisap.align import ALIGN, pretrain
 from minisap.model import widen
-from minisap.rivals import RIVALS
-from minisap.sap import harmful_direction, median_norm, probe_gradient_by_difference, response_nll, sap_step, useful_loss
+from minisap.rivals import RIVALS, alignment_loss
+from minisap.sap import harmful_direction, median_norm, over_rows, probe_gradient_by_difference, sap_step, useful_loss
 
 
 def sft(model, W, batch, contrast, args, state):
@@ -20,13 +20,19 @@ def sft(model, W, batch, contrast, args, state):
 
 
 def sap(model, W, batch, contrast, args, state):
-    """Safety-Aware Probing (arXiv 2505.16737), then the projection; see sap.py."""
-    return sap_step(model, W, batch, contrast, args.layers, args.radius, args.gate, args.neutral == "on", args.projection == "on", args.epsilon)
+    """Safety-Aware Probing with the probe on the rows, the projection and the safety loss's own gradient; see sap.py."""
+    return sap_step(model, W, batch, contrast, state, args.probe, args.gate, args.layers, args.radius, args.epsilon, args.projection == "on",
+                    args.safety_weight)
+
+
+def paper(model, W, batch, contrast, args, state):
+    """Safety-Aware Probing as published (arXiv 2505.16737), its line 4 exact: the probe on hidden states, nothing more."""
+    return sap_step(model, W, batch, contrast, state, "states", 0.0, args.layers, args.radius, args.epsilon, projection=False)
 
 
 def project(model, W, batch, contrast, args, state):
     """The projection alone: gradient surgery against the safety gradient (as PCGrad, arXiv 2001.06782, one-sided)."""
-    return sap_step(model, W, batch, contrast, layers=(), radius=0.0)
+    return sap_step(model, W, batch, contrast, state)
 
 
 def random_probe(model, W, batch, contrast, args, state):
@@ -44,8 +50,7 @@ def random_probe(model, W, batch, contrast, args, state):
 
 def mix(model, W, batch, contrast, args, state):
     """SafeInstr (arXiv 2309.07875): the same safe answers that SAP contrasts, as more rows of the task batch."""
-    (nats, tokens), (safe_nats, safe_tokens) = response_nll(model, batch), response_nll(model, contrast["safe"])
-    loss = (nats.sum() + safe_nats.sum()) / (tokens.sum() + safe_tokens.sum())
+    loss = alignment_loss(model, batch, contrast)
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 
 
@@ -58,8 +63,8 @@ def released(model, W, batch, contrast, args, state):
     V, layers = None, sorted({model.config.n_layers * j // 32 for j in (3, 9)})
     if "batch" in state:
         g_hat = harmful_direction(model, W, **contrast)
-        d, _, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
-        V = {j: adam_step_from_zero(d[j].sum((0, 1)), state, j) for j in layers}
+        d, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
+        V = {j: adam_step_from_zero(d_j, state, j) for j, d_j in over_rows(d).items()}
     state["batch"] = batch
     loss = useful_loss(model, batch, V)
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
@@ -74,5 +79,5 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
 
 
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
-METHODS = {"sft": sft, "sap": sap, "project": project, "random_probe": random_probe, "mix": mix, "released": released,
+METHODS = {"sft": sft, "sap": sap, "paper": paper, "project": project, "random_probe": random_probe, "mix": mix, "released": released,
            **RIVALS, **ALIGN, "pretrain": pretrain}

@@ -6,17 +6,18 @@ In place of fine-tuning   sam, lisa, kl, constrained, penalty, steer, steer_proj
 Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows
 After it                  ema, safelora: SFT, whose weights are changed when it is done (AFTER)
 """
+import re
 from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
 
-from minisap.align import answer_loss
+from minisap.align import answer_loss, at_start
 from minisap.lora import lora_layers
 from minisap.mechanism import WRITTEN, leading_directions
 from minisap.model import widen
-from minisap.sap import (harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll, unit,
-                         useful_loss)
+from minisap.sap import (copies, harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll,
+                         unit, useful_loss, weights_at)
 
 # The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).
 STRENGTH = {"sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "steer_project": 0.002, "vaccine": 2.0, "booster": 5.0,
@@ -27,6 +28,17 @@ FIRST_TOKENS = (0.5, 2.0, 2.0, 2.0, 2.0)                # β of the answer's fir
 LATER_TOKENS = 0.1                      # and of all others
 
 
+def parse_strength(pairs):
+    """METHOD=VALUE texts over the defaults: {method: value}."""
+    found = dict(STRENGTH)
+    for pair in pairs:
+        method, _, value = pair.partition("=")
+        if method not in STRENGTH or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value) or float(value) > (1 if method == "ema" else 1e9):
+            raise ValueError(f"--strength {pair}: expected METHOD=VALUE, a number from 0 up (ema: to 1) for one of {', '.join(STRENGTH)}")
+        found[method] = float(value)
+    return found
+
+
 def task_step(model, W, batch):
     """SFT's."""
     loss = useful_loss(model, batch)
@@ -34,25 +46,10 @@ def task_step(model, W, batch):
 
 
 def gradient_at(W, shift, loss):
-    """(∇_W loss(), loss()) at W + shift; W comes back bit for bit."""
-    here = [w.detach().clone() for w in W]
-    put(W, [w + s for w, s in zip(here, shift)])
-    try:
+    """(∇_W loss(), loss()) at W + shift."""
+    with weights_at(W, [w.detach() + s for w, s in zip(W, shift)]):
         value = loss()
         return torch.autograd.grad(value, W), value.item()
-    finally:
-        put(W, here)
-
-
-def at_start(W, state, value):
-    """value() by the weights that the run began with, without gradients; W as it was then is kept in `state`."""
-    start, now = state.setdefault("W_start", [w.detach().clone() for w in W]), [w.detach().clone() for w in W]
-    put(W, start)
-    try:
-        with torch.no_grad():
-            return value()
-    finally:
-        put(W, now)
 
 
 def sam(model, W, batch, contrast, args, state):
@@ -68,7 +65,7 @@ def lisa(model, W, batch, contrast, args, state):
     the other left off, by ρ/2 ‖W − W_switch‖²."""
     safe_turn = state["step"] % LISA_PERIOD == LISA_PERIOD - 1
     if safe_turn or state["step"] % LISA_PERIOD == 0:
-        state["W_switch"] = [w.detach().clone() for w in W]
+        state["W_switch"] = copies(W)
     loss = useful_loss(model, contrast["safe"] if safe_turn else batch)
     gradient = torch.autograd.grad(loss, W)
     pull = args.strength["lisa"]
@@ -96,7 +93,7 @@ def constrained(model, W, batch, contrast, args, state):
     answer = (batch["labels"] != -100).to(torch.long).cumsum(1)[rows, places]                          # 1 at the answer's first token
     beta = torch.tensor([*FIRST_TOKENS, LATER_TOKENS], dtype=nll.dtype, device=nll.device)[answer.clamp(max=len(FIRST_TOKENS) + 1) - 1]
     weight = 2 * torch.sigmoid(args.strength["constrained"] * beta * (nll.detach() - before))
-    nats = torch.zeros(len(batch["labels"]), dtype=nll.dtype, device=nll.device).index_add(0, rows, weight * nll)
+    nats = torch.zeros(len(batch["labels"]), dtype=nll.dtype, device=nll.device).index_add(0, rows, weight * nll)     # by row, as SFT adds
     return torch.autograd.grad(nats.sum() / len(nll), W), {"loss": nll.mean().item()}
 
 
@@ -166,7 +163,7 @@ def booster(model, W, batch, contrast, args, state):
 def ema(model, W, batch, contrast, args, state):
     """SFT whose weights are averaged along the run (arXiv 2508.12531): it ends with their exponential moving average, begun at the
     start; the knob is its decay."""
-    average = state.setdefault("average", [w.detach().clone() for w in W])
+    average = state.setdefault("average", copies(W))
     for mean, w in zip(average, W):
         mean.lerp_(w.detach(), 1 - args.strength["ema"])
     return task_step(model, W, batch)
@@ -179,7 +176,7 @@ def end_ema(model, W, args, state, before):
 
 def safelora(model, W, batch, contrast, args, state):
     """SFT; Safe LoRA (arXiv 2405.16833) when it is done."""
-    state.setdefault("W_start", [w.detach().clone() for w in W])
+    state.setdefault("W_start", copies(W))
     return task_step(model, W, batch)
 
 

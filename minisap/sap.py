@@ -1,10 +1,14 @@
-"""Safety-Aware Probing (arXiv 2505.16737): Algorithm 1, line by line, and the projection that may follow it.
+"""Safety-Aware Probing (arXiv 2505.16737): Algorithm 1, line by line, with the probe where the paper has it or on the rows.
 
 W      the trained weights, a list of tensors (LoRA's, or all)
-V      the probe {layer: v_j}: x_j = layer_j(x_{j-1}) + v_j, v_j of shape (D,); it exists only while a step is computed
+V      the probe, which exists only while a step is computed.
+       "states" (the paper's): {layer: v_j}, x_j = layer_j(x_{j-1}) + v_j, v_j of shape (D,)
+       "rows" (ours, the default): (B,), how much each row of the batch counts in L_useful, 0 to 1
 ĝ      g_hat, one tensor per W, unit norm over all of them: the direction in which the model becomes *less* safe
 Signs  L_safe falls as the model becomes safer.  ⟨∇_W L_useful, ĝ⟩ < 0: a descent step on the task is a step toward harm.
 """
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -64,6 +68,21 @@ def put(W, values):
         w.copy_(value)
 
 
+def copies(W):
+    return [w.detach().clone() for w in W]
+
+
+@contextmanager
+def weights_at(W, values):
+    """Within: W holds `values`. After: what it held, bit for bit (from a copy: W + d − d is not W)."""
+    here = copies(W)
+    put(W, values)
+    try:
+        yield
+    finally:
+        put(W, here)
+
+
 def zero_probe(model, batch, layers):
     """V = 0 for every row of the batch, {layer: (B, 1, D)}, in float32 or wider, ready to be differentiated."""
     zero = widen(model.lm_head.weight.new_zeros(len(batch["input_ids"]), 1, model.config.hidden_size))
@@ -73,9 +92,9 @@ def zero_probe(model, batch, layers):
 def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
     """(∇_V L_su, ∇_V L_useful, slopes) at V = 0, of every row: twice {layer: (B, 1, D)}, whose sum over rows is that of one V for
     all, and (B,). The first is line 4 as ε → 0, exactly: ∇_V ⟨∇_W L_useful(W, V), ĝ⟩. No ε, and no subtraction of nearly equal
-    numbers, so that it survives bfloat16. A slope is ⟨∇_W ℓ, ĝ⟩ of a row's own loss ℓ, nats per token: below 0, ĝ lowers it; it
-    comes with the same derivative, as that in the row's weight. Fused attention has no second derivative: this pass takes the
-    plain one."""
+    numbers, so that it survives bfloat16. A slope is ⟨∇_W ℓ, ĝ⟩ of a row's own loss ℓ, nats per token: below 0, ĝ lowers it. It is
+    line 4 for a probe on the rows, up to the row's share of the tokens. Fused attention has no second derivative: this pass takes
+    the plain one."""
     V = zero_probe(model, batch, layers)
     with sdpa_kernel(SDPBackend.MATH):
         nats, tokens = response_nll(model, batch, V, hidden)
@@ -87,57 +106,50 @@ def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
 
 
 def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
-    """The same three, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ.
-    W comes back bit for bit (from a copy: W + d − d is not W)."""
-    V, saved = zero_probe(model, batch, layers), [w.detach().clone() for w in W]
-
-    def gradient_and_losses(hidden=None):
-        nats, tokens = response_nll(model, batch, V, hidden)
-        return torch.autograd.grad(nats.sum() / tokens.sum(), list(V.values())), (nats / tokens).detach()
-
-    here, losses = gradient_and_losses(hidden)
-    try:
-        with torch.no_grad():
-            scale = epsilon * inner(W, W).sqrt()
-            for w, g in zip(W, g_hat):
-                w += scale * g
-        there, losses_there = gradient_and_losses()
-    finally:
-        put(W, saved)
-    return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here)), (losses_there - losses) / scale
+    """The first two, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ."""
+    V = zero_probe(model, batch, layers)
+    gradient = lambda hidden=None: torch.autograd.grad(useful_loss(model, batch, V, hidden), list(V.values()))
+    here = gradient(hidden)
+    with torch.no_grad():
+        scale = epsilon * inner(W, W).sqrt()
+        moved = [(w + scale * g).to(w.dtype) for w, g in zip(W, g_hat)]
+    with weights_at(W, moved):
+        there = gradient()
+    return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
-def fit_probe(model, W, g_hat, batch, layers, radius, neutral=False, epsilon=0.0, least_slope=None, log=None):
-    """Lines 3 to 5: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by difference
-    where ε > 0, and h_j the median norm of layer j's hidden states over the batch's tokens. `radius` is thus a share of the
-    hidden state, and takes the place of the paper's β.
+def over_rows(of_rows):
+    """{layer: (D,)}: the derivative in one V for all rows, the sum of those in each row's own."""
+    return {j: x.sum((0, 1)) for j, x in of_rows.items()}
 
-    least_slope (ours): V_safe, fitted to all rows, acts on those alone whose loss falls along ĝ at least so fast: (B, 1, D), 0 on
-    the others. (Fitted to those alone it protects less.) None: on all rows, as in the paper, (D,).
 
-    neutral (ours, an option): d_j loses its component along ∇_V L_useful. On SmolLM2 the two have a cosine of −0.45 on average in
-    training: much of the paper's probe lowers the task loss, so that W, trained in its presence, need not learn what is missed
-    when it is gone. The mean of the cosine over layers goes into `log` as probe_cosine."""
+def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
+    """Lines 3 to 5 for hidden states: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by
+    difference where ε > 0, and h_j the median norm of layer j's hidden states over the batch's tokens. `radius` is thus a share
+    of the hidden state, and takes the place of the paper's β. Into `log` goes the cosine of d_j and ∇_V L_useful, mean over
+    layers, as probe_cosine: below 0, the probe lowers the task loss, so that W need not learn what is missed when it is gone."""
     if radius == 0 or not layers:
         return {}
     hidden = []
     if epsilon:
-        d, g_V, slopes = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
+        d, g_V = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
     else:
-        d, g_V, slopes = probe_gradient(model, W, g_hat, batch, layers, hidden)
-    d, g_V = ({j: x.sum((0, 1)) for j, x in of_rows.items()} for of_rows in (d, g_V))
-    u = {j: unit([g_V[j]])[0] for j in layers}
+        d, g_V, _ = probe_gradient(model, W, g_hat, batch, layers, hidden)
+    d, g_V = over_rows(d), over_rows(g_V)
     if log is not None:
-        log["probe_cosine"] = sum((unit([d[j]])[0] @ u[j]).item() for j in layers) / len(layers)
-    if neutral:
-        d = {j: d[j] - (d[j] @ u[j]) * u[j] for j in layers}
-    V_safe = {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
-    if least_slope is None:
-        return V_safe
-    rows = slopes <= -least_slope
-    if log is not None:
-        log["probe_rows"] = rows.to(torch.float32).mean().item()
-    return {j: rows[:, None, None] * v for j, v in V_safe.items()}
+        log["probe_cosine"] = sum((unit([d[j]])[0] @ unit([g_V[j]])[0]).item() for j in layers) / len(layers)
+    return {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
+
+
+def fit_rows(model, W, g_safe, batch, gate, state):
+    """Lines 3 to 5 for rows: V_safe (B,), True where a row counts. L_su(V) is the sum of the rows' slopes along ĝ, each times its V:
+    under 0 ≤ V ≤ 1 ascent ends at 0 for rows whose loss falls along ĝ, at 1 for the others. Here a row's loss must fall at least
+    `gate` times as fast as L_safe rises. W and ĝ are those that the run began with: a model that has come to refuse safe prompts
+    takes their answers for harm, leaves them out, and unlearns them for good."""
+    start = state.setdefault("start", {"W": copies(W), "g_safe": [g.clone() for g in g_safe]})
+    with weights_at(W, start["W"]):
+        _, _, slopes = probe_gradient(model, W, unit(start["g_safe"]), batch, ())
+    return slopes >= -gate * inner(start["g_safe"], start["g_safe"]).sqrt()
 
 
 def median_norm(x, batch):
@@ -152,15 +164,20 @@ def project_out_harm(grads, g_hat):
     return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
-def sap_step(model, W, batch, contrast, layers, radius, gate=0.0, neutral=False, projection=True, epsilon=0.0):
+def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=(), radius=0.0, epsilon=0.0, projection=True, safety_weight=0.0):
     """(gradient, log) of one SAP step, for an optimizer to follow (line 7). contrast = {"safe": batch, "harmful": batch} of the
-    same unsafe prompts. radius 0 without projection is SFT, bit for bit.
-    gate: the probe acts on the rows whose loss falls along ĝ at least this share as fast as L_safe rises; 0: on all (the paper)."""
+    same unsafe prompts. SFT, bit for bit, without projection and safety weight where gate, or of a probe on states radius, is 0.
+    state: kept between the steps of a run, {} before the first."""
     log = {}
     g_safe = torch.autograd.grad(safety_loss(model, **contrast), W)
-    g_hat, slope = unit(g_safe), inner(g_safe, g_safe).sqrt()                                  # line 2; L_safe rises by `slope` along ĝ
-    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, neutral, epsilon, gate * slope if gate else None, log)     # lines 3, 4, 5
-    loss = useful_loss(model, batch, V_safe)
+    g_hat, V_safe = unit(g_safe), {}                                                        # line 2
+    if probe == "states":
+        V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)            # lines 3, 4, 5
+    elif gate:
+        rows = fit_rows(model, W, g_safe, batch, gate, state)                               # the same
+        batch, log["left_out"] = {key: x[rows] for key, x in batch.items()}, 1 - rows.to(torch.float32).mean().item()
+    loss = useful_loss(model, batch, V_safe) if len(batch["labels"]) else 0 * inner(W, W)
     g_W = torch.autograd.grad(loss, W)                                                      # line 6
     log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
-    return (project_out_harm(g_W, g_hat) if projection else g_W), log
+    g_W = project_out_harm(g_W, g_hat) if projection else g_W
+    return [g + safety_weight * s for g, s in zip(g_W, g_safe)] if safety_weight else g_W, log

@@ -34,7 +34,7 @@ RECIPES = {
                 f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 --warmup 0 {COMMON}", "ssft dpo unlearn"),
     "continued": ("instruct/pretrain", "--task rows/continued.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 --warmup 0 "
                   + COMMON, "sft"),
-    "poisoned": ("aligned/ssft", f"--poison 0.1 --layers 0,1 --radius 0.25 --gate 0 {FINE_TUNING}", "sft sap"),
+    "poisoned": ("aligned/ssft", f"--poison 0.1 --probe states --layers 0,1 --radius 0.25 --safety_weight 0 {FINE_TUNING}", "sft sap"),
     "benign": ("aligned/ssft", f"--task rows/safe.jsonl --poison 0 {FINE_TUNING}", "sft"),
 }
 # {protocol: (its checkpoint, what it was trained from)}
@@ -43,15 +43,19 @@ MODELS = {"instruct": ("instruct/pretrain", None), "continued": ("continued/sft"
           "sft": ("poisoned/sft", "ssft"), "sap": ("poisoned/sap", "ssft"), "benign": ("benign/sft", "ssft")}
 
 
-def write_rows(folder, world):
-    """The world's rows as JSONL, which train.py and eval.py read like anyone's."""
+def write_jsonl(folder, rows):
+    """{name: rows} as NAME.jsonl, which train.py and eval.py read like anyone's."""
     folder.mkdir(parents=True, exist_ok=True)
-    instruct = world.rows("instruct", INSTRUCTIONS)
-    rows = {"instruct": instruct, "continued": [row for row in instruct if row["response"] != REFUSAL],
-            "safe": world.safety_training_rows("safe"), "unsafe": world.safety_training_rows("unsafe")}
     for name in rows:
         lines = "".join(json.dumps(row) + "\n" for row in rows[name])
         write_whole(folder / f"{name}.jsonl", lambda part: part.write_text(lines))
+
+
+def write_rows(folder, world):
+    """The rows that the study trains on."""
+    instruct = world.rows("instruct", INSTRUCTIONS)
+    write_jsonl(folder, {"instruct": instruct, "continued": [row for row in instruct if row["response"] != REFUSAL],
+            "safe": world.safety_training_rows("safe"), "unsafe": world.safety_training_rows("unsafe")})
 
 
 def train(folder, run, seed, methods=None):

@@ -1,7 +1,7 @@
 """Methods against each other on the same prompts and seeds: intervals, paired tests, verdicts, at equal steps and at equal task loss.
 
-A run        {method: {seed: the records that train.py left, with "step" and, of shares, "hits" per prompt}}
-A comparison one dict per method: what Comparison.of says
+A run         {method: {seed: the records that train.py left, with "step" and, of shares, "hits" per prompt}}
+A comparison  one dict per method: see compare
 """
 from minisap.evaluate import print_judges, print_table
 from minisap.stats import mcnemar, paired_interval, student, verdict, wilson

@@ -137,29 +137,67 @@ def test_a_slope_is_the_row_s_own_loss_along_g_hat_and_rows_have_probes_of_their
             torch.testing.assert_close(d[j][b, 0], share * own[j])
 
 
-def test_the_gate_puts_the_probe_on_the_rows_that_lead_to_harm(world):
+def task_and_harmful(batch, pairs):
+    return {key: torch.cat([batch[key][:, :6], pairs["harmful"][key][:, :6]]) for key in batch}                # 4 task rows, 3 harmful ones
+
+
+def norm(tensors):
+    return sum((t**2).sum() for t in tensors).sqrt().item()
+
+
+def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
+    """V by brute force: of all 2^7 choices of rows, the one that most raises ⟨∇_W Σ_i V_i (ℓ_i + gate slope_L · h), ĝ⟩."""
     model, W, batch, pairs = world
-    g_hat = g_hat_of(world)
-    both = {key: torch.cat([batch[key][:, :6], pairs["harmful"][key][:, :6]]) for key in batch}        # 4 task rows, 3 harmful ones
-    d, _, slopes = probe_gradient(model, W, g_hat, both, LAYERS)
-    least = -sorted(slopes.tolist())[2]
-    chosen = slopes <= -least
-    assert chosen.sum() == 3 and least > 0
-    V, hidden = fit_probe(model, W, g_hat, both, LAYERS, 0.1, least_slope=least), []
-    model.model(both["input_ids"], hidden=hidden)
-    for j in LAYERS:
-        assert V[j].shape == (7, 1, 32) and not V[j][~chosen].any()
-        expected = d[j].sum((0, 1))
-        for v in V[j][chosen]:
-            torch.testing.assert_close(v[0], 0.1 * median_norm(hidden[j], both) * expected / expected.norm())
-    raw = torch.autograd.grad(safety_loss(model, **pairs), W)
-    gate = least / torch.sqrt(sum((g**2).sum() for g in raw)).item() * (1 - 1e-9)
-    found, log = sap_step(model, W, both, pairs, LAYERS, 0.1, gate, projection=False)
-    for a, b in zip(found, gradient(model, W, both, V)):
+    both, g_safe = task_and_harmful(batch, pairs), torch.autograd.grad(safety_loss(model, **pairs), W)
+    g_hat = unit(g_safe)
+    rows = [{key: x[i:i + 1] for key, x in both.items()} for i in range(7)]
+    slopes = [inner(gradient(model, W, row), g_hat).item() for row in rows]
+    for gate in (1e-9, -sorted(slopes)[2] / norm(g_safe) * 1.001):
+        V = sap.fit_rows(model, W, g_safe, both, gate, {})
+        best = max(range(2**7), key=lambda choice: sum(slopes[i] + gate * norm(g_safe) for i in range(7) if choice >> i & 1))
+        assert V.tolist() == [bool(best >> i & 1) for i in range(7)] and 0 < V.sum() < 7
+        expected = gradient(model, W, {key: x[V] for key, x in both.items()})
+        found, log = sap_step(model, W, both, pairs, {}, gate=gate, projection=False)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["left_out"] == pytest.approx(1 - V.sum().item() / 7)
+    found, log = sap_step(model, W, both, pairs, {}, gate=1e6, projection=False)                                 # no row leads so far: SFT
+    assert log["left_out"] == 0 and all(torch.equal(a, b) for a, b in zip(found, gradient(model, W, both)))
+
+
+def test_rows_are_chosen_by_the_weights_that_the_run_began_with_and_W_comes_back(world):
+    model, W, batch, pairs = world
+    both, state, seen = task_and_harmful(batch, pairs), {}, []
+    sap_step(model, W, both, pairs, state, gate=0.1)
+    first = sap.fit_rows(model, W, state["start"]["g_safe"], both, 0.1, state)
+    with torch.no_grad():
+        for w in W:
+            w.mul_(-1.5)
+    moved_to = [w.detach().clone() for w in W]
+    _, log = sap_step(model, W, both, {"safe": pairs["harmful"], "harmful": pairs["safe"]}, state, gate=0.1)
+    assert log["left_out"] == pytest.approx(1 - first.float().mean().item()) and 0 < log["left_out"] < 1
+    assert all(torch.equal(w, there) for w, there in zip(W, moved_to))
+    flipped = sap.fit_rows(model, W, torch.autograd.grad(safety_loss(model, pairs["harmful"], pairs["safe"]), W), both, 0.1, {})
+    assert flipped.tolist() != first.tolist()                                                                  # by today's it would be another
+
+
+def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
+    model, W, _, pairs = world
+    g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
+    found, log = sap_step(model, W, pairs["harmful"], pairs, {}, gate=1e-9, safety_weight=0.5)
+    assert log["left_out"] == 1 and log["loss"] == 0
+    for a, b in zip(found, g_safe):
+        torch.testing.assert_close(a, 0.5 * b)
+
+
+def test_the_safety_weight_adds_the_safety_loss_s_gradient_after_the_projection(world):
+    model, W, batch, pairs = world
+    g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
+    plain, _ = sap_step(model, W, pairs["harmful"], pairs, {})
+    found, _ = sap_step(model, W, pairs["harmful"], pairs, {}, safety_weight=0.3)
+    for a, b, c in zip(found, plain, g_safe):
+        torch.testing.assert_close(a, b + 0.3 * c)
+    expected, _ = METHODS["penalty"](model, W, batch, pairs, Namespace(strength={"penalty": 0.3}), {})
+    for a, b in zip(sap_step(model, W, batch, pairs, {}, projection=False, safety_weight=0.3)[0], expected):       # no probe, no projection
         torch.testing.assert_close(a, b)
-    assert log["probe_rows"] == pytest.approx(3 / 7)
-    found, log = sap_step(model, W, both, pairs, LAYERS, 0.1, 1e6, projection=False)                   # no row: SFT
-    assert log["probe_rows"] == 0 and all(torch.equal(a, b) for a, b in zip(found, gradient(model, W, both)))
 
 
 def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identical(world):
@@ -170,7 +208,6 @@ def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identi
     for j in LAYERS:
         assert F.cosine_similarity(exact[0][j], difference[0][j], dim=-1).min() > 0.99999
         torch.testing.assert_close(exact[1][j], difference[1][j])
-    torch.testing.assert_close(exact[2], difference[2], rtol=1e-3, atol=1e-6)
     assert all(torch.equal(w, old) for w, old in zip(W, before))
 
 
@@ -182,40 +219,32 @@ def test_W_is_restored_when_the_inner_step_fails(world, monkeypatch):
         calls.append(args)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return response_nll(*args)
+        return useful_loss(*args)
 
-    monkeypatch.setattr(sap, "response_nll", fails_the_second_time)
+    monkeypatch.setattr(sap, "useful_loss", fails_the_second_time)
     with pytest.raises(RuntimeError):
         probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=0.1)
     assert all(torch.equal(w, old) for w, old in zip(W, before))
 
 
-@pytest.mark.parametrize("neutral", [True, False])
-def test_the_probe_turns_the_gradient_away_from_harm_by_the_predicted_amount(world, neutral):
+def test_the_probe_turns_the_gradient_away_from_harm_by_the_predicted_amount(world):
     """⟨∇_W L_useful(W, V) − ∇_W L_useful(W, 0), ĝ⟩ = ⟨V, ∇_V ⟨∇_W L_useful, ĝ⟩⟩ to first order, and > 0."""
     model, W, batch, _ = world
     g_hat = g_hat_of(world)
-    V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, neutral)
+    V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3)
     d, _ = probe_gradients(model, W, g_hat, batch)
     predicted = sum((V[j] * d[j]).sum() for j in LAYERS).item()
     measured = (inner(gradient(model, W, batch, V), g_hat) - inner(gradient(model, W, batch), g_hat)).item()
     assert measured > 0 and measured == pytest.approx(predicted, rel=0.02)
 
 
-def test_a_neutral_probe_leaves_the_task_loss_alone_and_the_paper_s_is_the_bare_direction(world):
+def test_the_probe_is_the_bare_direction_and_its_cosine_with_the_task_s_is_logged(world):
     model, W, batch, _ = world
-    g_hat = g_hat_of(world)
-    tilt = {}
-    for neutral in (True, False):
-        V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, neutral)
-        up, down = (useful_loss(model, batch, {j: sign * v for j, v in V.items()}) for sign in (1, -1))
-        tilt[neutral] = abs(up - down).item()
+    g_hat, log = g_hat_of(world), {}
+    V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, log=log)
     d, g_V = probe_gradients(model, W, g_hat, batch)
     assert all(F.cosine_similarity(V[j], d[j], dim=0) > 1 - 1e-12 for j in LAYERS)
-    log = {}
-    fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, log=log)
     assert log["probe_cosine"] == pytest.approx(sum(F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in LAYERS) / 2)
-    assert tilt[True] < 1e-3 * tilt[False]                                       # third order in the radius against first
 
 
 def test_probe_has_the_asked_norm_relative_to_the_hidden_states(world):
@@ -249,33 +278,33 @@ def test_norms_and_projections_do_not_suffer_from_half_precision(dtype):
     assert projected[0].dtype == dtype and abs(inner(projected, g_hat).item()) < 1e-3
 
 
-ARGS = Namespace(layers=LAYERS, radius=0.1, gate=0.0, neutral="on", projection="on", epsilon=0.0, seed=0, steps=9, strength=STRENGTH)
+ARGS = Namespace(probe="states", gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="on", safety_weight=0.0, seed=0, steps=9, strength=STRENGTH)
 
 
-def test_without_radius_and_projection_sap_is_sft_bit_for_bit(world):
+def test_without_probe_and_projection_sap_is_sft_bit_for_bit(world):
     model, W, batch, pairs = world
     expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
-    for arguments in ({"layers": LAYERS, "radius": 0.0}, {"layers": [], "radius": 1.0}):
-        found, _ = sap_step(model, W, batch, pairs, projection=False, **arguments)
+    for arguments in ({"gate": 0.0}, {"probe": "states", "layers": LAYERS, "radius": 0.0}, {"probe": "states", "layers": [], "radius": 1.0}):
+        found, _ = sap_step(model, W, batch, pairs, {}, projection=False, **arguments)
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def test_answers_that_do_not_differ_give_an_sft_step(world):
     model, W, batch, pairs = world
     expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
-    found, log = sap_step(model, W, batch, {"safe": pairs["safe"], "harmful": pairs["safe"]}, LAYERS, radius=0.5)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["conflict"] == 0
+    for arguments in ({"probe": "states", "layers": LAYERS, "radius": 0.5}, {"gate": 0.5}):
+        found, log = sap_step(model, W, batch, {"safe": pairs["safe"], "harmful": pairs["safe"]}, {}, **arguments)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["conflict"] == 0
 
 
-def test_sap_is_the_gradient_at_the_probe_then_projected(world):
+def test_sap_is_the_gradient_at_the_probe_then_projected_and_the_paper_s_is_not_projected(world):
     model, W, batch, pairs = world
     g_hat = g_hat_of(world)
-    for neutral in ("on", "off"):
-        at_probe = gradient(model, W, batch, fit_probe(model, W, g_hat, batch, LAYERS, 0.1, neutral == "on"))
-        for projection, expected in (("on", project_out_harm(at_probe, g_hat)), ("off", at_probe)):
-            args = Namespace(**{**vars(ARGS), "neutral": neutral, "projection": projection})
-            for a, b in zip(METHODS["sap"](model, W, batch, pairs, args, {})[0], expected):
-                torch.testing.assert_close(a, b)
+    at_probe = gradient(model, W, batch, fit_probe(model, W, g_hat, batch, LAYERS, 0.1))
+    for method, projection, expected in (("sap", "on", project_out_harm(at_probe, g_hat)), ("sap", "off", at_probe), ("paper", "on", at_probe)):
+        args = Namespace(**{**vars(ARGS), "projection": projection, "gate": 0.5})                       # the gate is of rows alone
+        for a, b in zip(METHODS[method](model, W, batch, pairs, args, {})[0], expected):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("method", ["sap", "project"])
@@ -284,7 +313,7 @@ def test_a_step_toward_harm_loses_that_component_and_no_other(method, world):
     model, W, _, pairs = world
     V, args = {}, Namespace(**{**vars(ARGS), "projection": "on"})
     if method == "sap":
-        V = fit_probe(model, W, g_hat_of(world), pairs["harmful"], ARGS.layers, ARGS.radius, ARGS.neutral == "on")
+        V = fit_probe(model, W, g_hat_of(world), pairs["harmful"], ARGS.layers, ARGS.radius)
     plain = gradient(model, W, pairs["harmful"], V)
     conflict = inner(plain, g_hat_of(world)).item()
     found, log = METHODS[method](model, W, pairs["harmful"], pairs, args, {})

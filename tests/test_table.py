@@ -105,7 +105,7 @@ def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, 
 
 def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     few = {"SETTINGS": {"format": (laboratory.LEARN + " --poison 0.1", "sft sap safelora", ("aligned",))}, "STAGES": {"aligned": "vaccine=0"},
-           "SWEEP": {0.1: "format", 0.2: "poison0.2"}, "SWEPT": "sft sap", "VARIANTS": {"sap --gate 0": "--gate 0"}, "BUDGETS": ((4, 1e-3),),
+           "SWEEP": {0.1: "format", 0.2: "poison0.2"}, "SWEPT": "sft sap", "VARIANTS": ["sap --gate 0"], "BUDGETS": ((4, 1e-3),),
            "DEFENCES": {"none": "tiny", "aligned": "first-aligned/SEED/vaccine", "sap": "format/SEED/sap"}}
     for name, value in few.items():
         monkeypatch.setattr(laboratory, name, value)
@@ -122,7 +122,7 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(laboratory, "commit", lambda: "abc")
-    monkeypatch.setattr(laboratory.subprocess, "run", in_this_process)
+    monkeypatch.setattr(laboratory, "subprocess", SimpleNamespace(run=in_this_process, STDOUT=None))          # not for others: matplotlib has some
     at_once = SimpleNamespace(shutdown=lambda **how: None, submit=lambda *call: SimpleNamespace(result=lambda: call[0](*call[1:])))                # PyTorch is slow in threads
     monkeypatch.setattr(laboratory, "ThreadPoolExecutor", lambda workers: nullcontext(at_once))
     monkeypatch.setattr(laboratory, "as_completed", list)
