@@ -37,6 +37,7 @@ def read_records(path):
         raise ValueError(f"{path}: rows are read from .jsonl, .json or .csv")
     if not found[chosen]:
         raise ValueError(f"{path}: no rows" + (f" in this range; the file has {len(found)}" if found else ""))
+    found = [({"messages": record} if isinstance(record, list) else record, source) for record, source in found]         # a bare conversation
     for record, source in found:
         if not isinstance(record, dict):
             raise ValueError(f"{source}: expected an object, found {type(record).__name__}")
@@ -75,7 +76,7 @@ def text_of(record, key, source):
 
 
 def load_rows(path) -> list[dict]:
-    """Task rows of JSONL {prompt, response} or {messages: [...]}, or of Alpaca JSON {instruction, input, output}.
+    """Task rows of JSONL {prompt, response} or {messages: [...]} (or the messages alone), or of Alpaca JSON {instruction, input, output}.
     Of a conversation the last assistant turn is the response and all before it the prompt."""
     return [task_row(record, source) | {"source": source} for record, source in read_records(path)]
 

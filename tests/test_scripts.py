@@ -36,7 +36,7 @@ def train(start, out_dir, *more):
 
 
 def test_methods_start_alike_and_leave_checkpoints_that_are_read_again(start, tmp_path, capsys):
-    out = train(start, tmp_path / "run", "--method", "sft", "sap", "--eval_every", "2")
+    out = train(start, tmp_path / "run", "--method", "sft", "sap", "--probe", "states", "--eval_every", "2")
     printed = capsys.readouterr().out
     assert "794 task rows, 79 of them poisoned; 4 contrastive pairs" in printed
     sft, sap = (read_json(out / method / "eval.json") for method in ("sft", "sap"))
