@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from minisap.checkpoint import DTYPES, load_model
 from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows
 from minisap.lora import add_lora, lora_layers
-from minisap.sap import fit_probe, harmful_direction, inner, median_norm, over_rows, probe_gradient, unit, useful_loss
+from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
 from minisap.stats import auroc, wilson
 
 
@@ -71,7 +71,7 @@ def gradients(args, model, splits, tokenizer):
         contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
         g_hat, hidden = harmful_direction(model, W, **contrast), []
         g_W = torch.autograd.grad(useful_loss(model, batch), W)
-        d, g_V = map(over_rows, probe_gradient(model, W, g_hat, batch, layers, hidden)[:2])
+        d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
         of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
         task = [inner(of(g_W, j), of(g_hat, j)).item() for j in layers]
         probe = [F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in layers]

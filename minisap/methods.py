@@ -10,7 +10,7 @@ import torch
 from minisap.align import ALIGN, pretrain
 from minisap.model import widen
 from minisap.rivals import RIVALS, alignment_loss
-from minisap.sap import harmful_direction, median_norm, over_rows, probe_gradient_by_difference, sap_step, useful_loss
+from minisap.sap import harmful_direction, median_norm, probe_gradient_by_difference, sap_step, useful_loss
 
 
 def sft(model, W, batch, contrast, args, state):
@@ -64,7 +64,7 @@ def released(model, W, batch, contrast, args, state):
     if "batch" in state:
         g_hat = harmful_direction(model, W, **contrast)
         d, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
-        V = {j: adam_step_from_zero(d_j, state, j) for j, d_j in over_rows(d).items()}
+        V = {j: adam_step_from_zero(d_j, state, j) for j, d_j in d.items()}
     state["batch"] = batch
     loss = useful_loss(model, batch, V)
     return torch.autograd.grad(loss, W), {"loss": loss.item()}

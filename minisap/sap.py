@@ -11,6 +11,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minisap.model import widen
@@ -83,31 +86,27 @@ def weights_at(W, values):
         put(W, here)
 
 
-def zero_probe(model, batch, layers):
-    """V = 0 for every row of the batch, {layer: (B, 1, D)}, in float32 or wider, ready to be differentiated."""
-    zero = widen(model.lm_head.weight.new_zeros(len(batch["input_ids"]), 1, model.config.hidden_size))
+def zero_probe(model, layers):
+    """V = 0, {layer: (D,)}, in float32 or wider, ready to be differentiated."""
+    zero = widen(model.lm_head.weight.new_zeros(model.config.hidden_size))
     return {j: zero.clone().requires_grad_() for j in layers}
 
 
 def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
-    """(∇_V L_su, ∇_V L_useful, slopes) at V = 0, of every row: twice {layer: (B, 1, D)}, whose sum over rows is that of one V for
-    all, and (B,). The first is line 4 as ε → 0, exactly: ∇_V ⟨∇_W L_useful(W, V), ĝ⟩. No ε, and no subtraction of nearly equal
-    numbers, so that it survives bfloat16. A slope is ⟨∇_W ℓ, ĝ⟩ of a row's own loss ℓ, nats per token: below 0, ĝ lowers it. It is
-    line 4 for a probe on the rows, up to the row's share of the tokens. Fused attention has no second derivative: this pass takes
-    the plain one."""
-    V = zero_probe(model, batch, layers)
+    """(∇_V L_su, ∇_V L_useful) at V = 0 of a probe on states, each {layer: (D,)}. The first is line 4 as ε → 0, exactly:
+    ∇_V ⟨∇_W L_useful(W, V), ĝ⟩. No ε, and no subtraction of nearly equal numbers, so that it survives bfloat16. Fused attention has
+    no second derivative: this pass takes the plain one."""
+    V = zero_probe(model, layers)
     with sdpa_kernel(SDPBackend.MATH):
-        nats, tokens = response_nll(model, batch, V, hidden)
-        weights = torch.ones_like(nats, requires_grad=True)
-        both = torch.autograd.grad((weights * nats).sum() / tokens.sum(), [*W, *V.values()], create_graph=True)
+        both = torch.autograd.grad(useful_loss(model, batch, V, hidden), [*W, *V.values()], create_graph=True)
         g_W, g_V = both[:len(W)], both[len(W):]
-        *d, slopes = torch.autograd.grad(inner(g_W, g_hat), [*V.values(), weights])
-    return dict(zip(V, d)), {j: g.detach() for j, g in zip(V, g_V)}, slopes * tokens.sum() / tokens
+        d = torch.autograd.grad(inner(g_W, g_hat), list(V.values()))
+    return dict(zip(V, d)), {j: g.detach() for j, g in zip(V, g_V)}
 
 
 def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
-    """The first two, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ."""
-    V = zero_probe(model, batch, layers)
+    """The same, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ."""
+    V = zero_probe(model, layers)
     gradient = lambda hidden=None: torch.autograd.grad(useful_loss(model, batch, V, hidden), list(V.values()))
     here = gradient(hidden)
     with torch.no_grad():
@@ -118,13 +117,8 @@ def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden
     return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
-def over_rows(of_rows):
-    """{layer: (D,)}: the derivative in one V for all rows, the sum of those in each row's own."""
-    return {j: x.sum((0, 1)) for j, x in of_rows.items()}
-
-
 def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
-    """Lines 3 to 5 for hidden states: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by
+    """Lines 3 to 5 for states: V_safe = {j: radius · h_j · d_j / ‖d_j‖}, with d = ∇_V L_su from the exact derivative, or by
     difference where ε > 0, and h_j the median norm of layer j's hidden states over the batch's tokens. `radius` is thus a share
     of the hidden state, and takes the place of the paper's β. Into `log` goes the cosine of d_j and ∇_V L_useful, mean over
     layers, as probe_cosine: below 0, the probe lowers the task loss, so that W need not learn what is missed when it is gone."""
@@ -134,21 +128,43 @@ def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
     if epsilon:
         d, g_V = probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden)
     else:
-        d, g_V, _ = probe_gradient(model, W, g_hat, batch, layers, hidden)
-    d, g_V = over_rows(d), over_rows(g_V)
+        d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
     if log is not None:
         log["probe_cosine"] = sum((unit([d[j]])[0] @ unit([g_V[j]])[0]).item() for j in layers) / len(layers)
     return {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
 
 
+class RowLosses(nn.Module):
+    """A model whose output is the loss of every row of a batch, (B,) in nats per token."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        nats, tokens = response_nll(self.model, batch)
+        return nats / tokens
+
+
+@torch.no_grad()
+def row_slopes(model, W, direction, batch):
+    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, by forward-mode differentiation: exact, and hardly more than a forward
+    pass. Below 0 a move along the direction lowers the row's loss. Fused attention has no forward mode."""
+    losses = RowLosses(model)
+    names = {id(w): name for name, w in losses.named_parameters()}
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        moving = {names[id(w)]: forward_ad.make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)}
+        return forward_ad.unpack_dual(functional_call(losses, moving, (batch,))).tangent
+
+
 def fit_rows(model, W, g_safe, batch, gate, state):
     """Lines 3 to 5 for rows: V_safe (B,), True where a row counts. L_su(V) is the sum of the rows' slopes along ĝ, each times its V:
-    under 0 ≤ V ≤ 1 ascent ends at 0 for rows whose loss falls along ĝ, at 1 for the others. Here a row's loss must fall at least
+    under 0 ≤ V ≤ 1 ascent ends at 0 for rows whose loss falls along ĝ, at 1 for the others. Here a row's loss must fall more than
     `gate` times as fast as L_safe rises. W and ĝ are those that the run began with: a model that has come to refuse safe prompts
     takes their answers for harm, leaves them out, and unlearns them for good."""
     start = state.setdefault("start", {"W": copies(W), "g_safe": [g.clone() for g in g_safe]})
     with weights_at(W, start["W"]):
-        _, _, slopes = probe_gradient(model, W, unit(start["g_safe"]), batch, ())
+        slopes = row_slopes(model, W, unit(start["g_safe"]), batch)
     return slopes >= -gate * inner(start["g_safe"], start["g_safe"]).sqrt()
 
 
@@ -168,8 +184,8 @@ def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=()
     """(gradient, log) of one SAP step, for an optimizer to follow (line 7). contrast = {"safe": batch, "harmful": batch} of the
     same unsafe prompts. SFT, bit for bit, without projection and safety weight where gate, or of a probe on states radius, is 0.
     state: kept between the steps of a run, {} before the first."""
-    log = {}
-    g_safe = torch.autograd.grad(safety_loss(model, **contrast), W)
+    log, L_safe = {}, safety_loss(model, **contrast)
+    g_safe = torch.autograd.grad(L_safe, W)
     g_hat, V_safe = unit(g_safe), {}                                                        # line 2
     if probe == "states":
         V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)            # lines 3, 4, 5
@@ -178,6 +194,6 @@ def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=()
         batch, log["left_out"] = {key: x[rows] for key, x in batch.items()}, 1 - rows.to(torch.float32).mean().item()
     loss = useful_loss(model, batch, V_safe) if len(batch["labels"]) else 0 * inner(W, W)
     g_W = torch.autograd.grad(loss, W)                                                      # line 6
-    log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
+    log |= {"loss": loss.item(), "safety_loss": L_safe.item(), "conflict": inner(g_W, g_hat).item()}
     g_W = project_out_harm(g_W, g_hat) if projection else g_W
     return [g + safety_weight * s for g, s in zip(g_W, g_safe)] if safety_weight else g_W, log

@@ -52,11 +52,6 @@ def gradient(model, W, batch, V=None):
     return torch.autograd.grad(useful_loss(model, batch, V), W)
 
 
-def probe_gradients(model, W, g_hat, batch, layers=LAYERS):
-    """(∇_V L_su, ∇_V L_useful) of one V for all rows: {layer: (D,)}."""
-    return [{j: x.sum((0, 1)) for j, x in of_rows.items()} for of_rows in probe_gradient(model, W, g_hat, batch, layers)[:2]]
-
-
 def moved(W, direction, step, value):
     """value() with W moved by step · direction."""
     with torch.no_grad():
@@ -113,7 +108,7 @@ def test_harmful_direction_ignores_scale_and_flips_with_the_answers(world, monke
 def test_probe_gradient_equals_central_differences(world):
     model, W, batch, _ = world
     g_hat, h = g_hat_of(world), 1e-4
-    d, g_V = probe_gradients(model, W, g_hat, batch)
+    d, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
     for j in LAYERS:
         for i in (0, 7, 31):
             e = torch.zeros(32, dtype=torch.float64)
@@ -123,18 +118,26 @@ def test_probe_gradient_equals_central_differences(world):
             assert g_V[j][i].item() == pytest.approx((there[1] - back[1]).item() / (2 * h), rel=1e-5, abs=1e-9)
 
 
-def test_a_slope_is_the_row_s_own_loss_along_g_hat_and_rows_have_probes_of_their_own(world):
+def test_a_slope_is_that_of_the_row_s_own_loss_along_g_hat(world):
+    """Against central differences, row by row, and against the double derivative; nothing is left behind."""
     model, W, batch, _ = world
-    g_hat, h = g_hat_of(world), 1e-4
-    d, _, slopes = probe_gradient(model, W, g_hat, batch, LAYERS)
+    g_hat, h, logits = g_hat_of(world), 1e-4, model(batch["input_ids"])
+    slopes = sap.row_slopes(model, W, g_hat, batch)
     for b in range(4):
         alone = {key: x[b:b + 1] for key, x in batch.items()}
         loss = lambda: useful_loss(model, alone).item()
         assert slopes[b].item() == pytest.approx((moved(W, g_hat, h, loss) - moved(W, g_hat, -h, loss)) / (2 * h), rel=1e-5)
-        share = (alone["labels"] != -100).sum() / (batch["labels"] != -100).sum()
-        own, _ = probe_gradients(model, W, g_hat, alone)
-        for j in LAYERS:
-            torch.testing.assert_close(d[j][b, 0], share * own[j])
+        assert slopes[b].item() == pytest.approx(inner(gradient(model, W, alone), g_hat).item())
+    assert torch.equal(model(batch["input_ids"]), logits) and not slopes.requires_grad
+
+
+def test_slopes_know_that_a_tied_head_is_the_embedding(world):
+    _, _, batch, pairs = world
+    model = tiny_model(BASE | {"tie_word_embeddings": True})
+    W = list(model.parameters())
+    direction = harmful_direction(model, W, **pairs)
+    expected = [inner(gradient(model, W, {key: x[b:b + 1] for key, x in batch.items()}), direction).item() for b in range(4)]
+    assert sap.row_slopes(model, W, direction, batch).tolist() == pytest.approx(expected)
 
 
 def task_and_harmful(batch, pairs):
@@ -232,7 +235,7 @@ def test_the_probe_turns_the_gradient_away_from_harm_by_the_predicted_amount(wor
     model, W, batch, _ = world
     g_hat = g_hat_of(world)
     V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3)
-    d, _ = probe_gradients(model, W, g_hat, batch)
+    d, _ = probe_gradient(model, W, g_hat, batch, LAYERS)
     predicted = sum((V[j] * d[j]).sum() for j in LAYERS).item()
     measured = (inner(gradient(model, W, batch, V), g_hat) - inner(gradient(model, W, batch), g_hat)).item()
     assert measured > 0 and measured == pytest.approx(predicted, rel=0.02)
@@ -242,7 +245,7 @@ def test_the_probe_is_the_bare_direction_and_its_cosine_with_the_task_s_is_logge
     model, W, batch, _ = world
     g_hat, log = g_hat_of(world), {}
     V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, log=log)
-    d, g_V = probe_gradients(model, W, g_hat, batch)
+    d, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
     assert all(F.cosine_similarity(V[j], d[j], dim=0) > 1 - 1e-12 for j in LAYERS)
     assert log["probe_cosine"] == pytest.approx(sum(F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in LAYERS) / 2)
 
@@ -355,7 +358,7 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
     first, _ = released(model, W, batch, pairs, ARGS, state)
     assert all(torch.equal(a, b) for a, b in zip(first, gradient(model, W, batch)))               # no probe yet
     found, _ = released(model, W, second, pairs, ARGS, state)
-    d_of = lambda rows: probe_gradient_by_difference(model, W, g_hat_of(world), rows, [0], 2e-5)[0][0].sum((0, 1))
+    d_of = lambda rows: probe_gradient_by_difference(model, W, g_hat_of(world), rows, [0], 2e-5)[0][0]
     V = {0: 0.05 * d_of(batch) / (d_of(batch).abs() + 1e-8)}                                                     # Adam's first step
     for a, b in zip(found, gradient(model, W, second, V)):
         torch.testing.assert_close(a, b)
@@ -400,6 +403,6 @@ def test_exact_direction_survives_bfloat16_on_the_real_model(real):
         model = load_model(real, dtype)
         model.model.layers = model.model.layers[:10]
         W = add_lora(model)
-        found[dtype], _ = probe_gradients(model, W, harmful_direction(model, W, **pairs), batch, layers)
+        found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
     for j in layers:
         assert F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0) > 0.95
