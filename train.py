@@ -38,7 +38,7 @@ from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_f
 
 # Other defaults for models of the synthetic world, which are tiny.
 WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "warmup": 20, "lora_rank": 0,
-        "layers": "0,1", "radius": 0.1, "gate": 0.05, "threads": 1}
+        "layers": "0,1", "radius": 0.1, "gate": 0.05, "safety_weight": 0.05, "threads": 1}
 
 
 def parse_args(argv=None):
@@ -77,6 +77,7 @@ def parse_args(argv=None):
     add("--projection", choices=("on", "off"), default="on",
         help="project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.05, help="λ: then add λ times the safety loss's gradient (default: 0.05)")
+    add("--refresh", type=int, default=1, help="take sap's ĝ anew every so many steps; more is cheaper (default: 1)")
     # rivals
     add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py (default: "
         + " ".join(f"{method}={value}" for method, value in STRENGTH.items()) + ")")
@@ -115,7 +116,7 @@ def check_args(args):
     args.poison = args.poison if args.poison is not None else 0.0 if args.task or aligns(args) else 0.1
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
-    check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every", "watch_every")
+    check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every", "watch_every", "refresh")
     check_minimum(args, 0, "radius", "gate", "epsilon", "safety_weight", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")

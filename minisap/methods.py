@@ -1,7 +1,7 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
 batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
-args    probe, gate, layers, radius, epsilon, projection, safety_weight, seed, steps, strength: see train.py --help
+args    probe, gate, layers, radius, epsilon, projection, safety_weight, refresh, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 """
 import numpy as np
@@ -22,7 +22,7 @@ def sft(model, W, batch, contrast, args, state):
 def sap(model, W, batch, contrast, args, state):
     """Safety-Aware Probing with the probe on the rows, the projection and the safety loss's own gradient; see sap.py."""
     return sap_step(model, W, batch, contrast, state, args.probe, args.gate, args.layers, args.radius, args.epsilon, args.projection == "on",
-                    args.safety_weight)
+                    args.safety_weight, args.refresh)
 
 
 def paper(model, W, batch, contrast, args, state):

@@ -162,7 +162,7 @@ def fit_rows(model, W, g_safe, batch, gate, state):
     under 0 ≤ V ≤ 1 ascent ends at 0 for rows whose loss falls along ĝ, at 1 for the others. Here a row's loss must fall more than
     `gate` times as fast as L_safe rises. W and ĝ are those that the run began with: a model that has come to refuse safe prompts
     takes their answers for harm, leaves them out, and unlearns them for good."""
-    start = state.setdefault("start", {"W": copies(W), "g_safe": [g.clone() for g in g_safe]})
+    start = state.setdefault("start", {"W": copies(W), "g_safe": g_safe})
     with weights_at(W, start["W"]):
         slopes = row_slopes(model, W, unit(start["g_safe"]), batch)
     return slopes >= -gate * inner(start["g_safe"], start["g_safe"]).sqrt()
@@ -180,12 +180,16 @@ def project_out_harm(grads, g_hat):
     return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
-def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=(), radius=0.0, epsilon=0.0, projection=True, safety_weight=0.0):
+def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=(), radius=0.0, epsilon=0.0, projection=True, safety_weight=0.0,
+             refresh=1):
     """(gradient, log) of one SAP step, for an optimizer to follow (line 7). contrast = {"safe": batch, "harmful": batch} of the
     same unsafe prompts. SFT, bit for bit, without projection and safety weight where gate, or of a probe on states radius, is 0.
-    state: kept between the steps of a run, {} before the first."""
-    log, L_safe = {}, safety_loss(model, **contrast)
-    g_safe = torch.autograd.grad(L_safe, W)
+    state: kept between the steps of a run, {} before the first.  refresh: ĝ is that of the last step whose number it divides."""
+    log = {}
+    if state.get("step", 0) % refresh == 0:
+        L_safe = safety_loss(model, **contrast)
+        state["g_safe"], log["safety_loss"] = torch.autograd.grad(L_safe, W), L_safe.item()
+    g_safe = state["g_safe"]
     g_hat, V_safe = unit(g_safe), {}                                                        # line 2
     if probe == "states":
         V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)            # lines 3, 4, 5
@@ -194,6 +198,6 @@ def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=()
         batch, log["left_out"] = {key: x[rows] for key, x in batch.items()}, 1 - rows.to(torch.float32).mean().item()
     loss = useful_loss(model, batch, V_safe) if len(batch["labels"]) else 0 * inner(W, W)
     g_W = torch.autograd.grad(loss, W)                                                      # line 6
-    log |= {"loss": loss.item(), "safety_loss": L_safe.item(), "conflict": inner(g_W, g_hat).item()}
+    log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
     g_W = project_out_harm(g_W, g_hat) if projection else g_W
     return [g + safety_weight * s for g, s in zip(g_W, g_safe)] if safety_weight else g_W, log

@@ -191,6 +191,17 @@ def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
         torch.testing.assert_close(a, 0.5 * b)
 
 
+def test_g_hat_is_kept_between_refreshes(world):
+    model, W, batch, pairs = world
+    flipped, state = {"safe": pairs["harmful"], "harmful": pairs["safe"]}, {}
+    toward = pairs["harmful"]
+    first, log = sap_step(model, W, toward, pairs, {"step": 0}, safety_weight=0.1)
+    for step, contrast, expected in ((0, pairs, first), (1, flipped, first), (2, flipped, sap_step(model, W, toward, flipped, {}, safety_weight=0.1)[0])):
+        state["step"] = step
+        found, log = sap_step(model, W, toward, contrast, state, safety_weight=0.1, refresh=2)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and ("safety_loss" in log) == (step % 2 == 0)
+
+
 def test_the_safety_weight_adds_the_safety_loss_s_gradient_after_the_projection(world):
     model, W, batch, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
@@ -281,7 +292,7 @@ def test_norms_and_projections_do_not_suffer_from_half_precision(dtype):
     assert projected[0].dtype == dtype and abs(inner(projected, g_hat).item()) < 1e-3
 
 
-ARGS = Namespace(probe="states", gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="on", safety_weight=0.0, seed=0, steps=9, strength=STRENGTH)
+ARGS = Namespace(probe="states", gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="on", safety_weight=0.0, refresh=1, seed=0, steps=9, strength=STRENGTH)
 
 
 def test_without_probe_and_projection_sap_is_sft_bit_for_bit(world):

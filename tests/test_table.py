@@ -105,13 +105,13 @@ def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, 
 
 def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     few = {"SETTINGS": {"format": (laboratory.LEARN + " --poison 0.1", "sft sap safelora", ("aligned",))}, "STAGES": {"aligned": "vaccine=0"},
-           "SWEEP": {0.1: "format", 0.2: "poison0.2"}, "SWEPT": "sft sap", "VARIANTS": ["sap --gate 0"], "BUDGETS": ((4, 1e-3),),
+           "SWEEP": {0.1: "format", 0.2: "poison0.2"}, "SWEPT": "sft sap", "VARIANTS": ["sap --gate 0"], "SENSITIVITY": ("sap", "sap --pairs 8"), "BUDGETS": ((4, 1e-3),),
            "DEFENCES": {"none": "tiny", "aligned": "first-aligned/SEED/vaccine", "sap": "format/SEED/sap"}}
     for name, value in few.items():
         monkeypatch.setattr(laboratory, name, value)
     every = laboratory.cells
     fewer = lambda command: command.replace("poisoned", "format") + (" --steps 2 --eval_every 1 --batch_size 4 --pairs_per_step 2" if command.startswith("train.py") else "")
-    monkeypatch.setattr(laboratory, "cells", lambda seed, n: [{run: fewer(command) for run, command in phase.items()} for phase in every(seed, n)])
+    monkeypatch.setattr(laboratory, "cells", lambda *which: [{run: fewer(command) for run, command in phase.items()} for phase in every(*which)])
     (tmp_path / "table").mkdir()
     monkeypatch.chdir(tmp_path / "table")
     ran = []
@@ -139,7 +139,7 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     eval_script.main(command)
     assert found["commits"] == ["abc"]
     assert before and before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
-    assert cells == 18 and all("--resume" in command for command in ran[cells:])
+    assert cells == 22 and all("--resume" in command for command in ran[cells:])
 
 
 def test_a_cell_that_fails_names_its_command_and_its_last_line(tmp_path):
