@@ -61,7 +61,7 @@ def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sap", "released", "lisa", "constrained", "ema"])
-@pytest.mark.parametrize("more", [["--eval_every", "1"], ["--lora_rank", "0"]])
+@pytest.mark.parametrize("more", [["--eval_every", "1"], ["--lora_rank", "0", "--refresh", "3"]])
 def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
     whole = train(start, tmp_path / "whole", "--method", method, *more)
     collate, calls = train_script.collate, []

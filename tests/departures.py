@@ -1,0 +1,127 @@
+"""What each departure of the paper's released code costs, one at a time, in the world: the probe on hidden states with the projection, on a task
+that the start knows, one row in ten harmful.
+
+    python tests/departures.py --seeds 0 1 2 --out_dir runs/departures        about 20 minutes on two cores; finished runs are kept
+"""
+import argparse
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train  # noqa: E402
+from minisap import model, sap  # noqa: E402
+from minisap.checkpoint import read_json, write_json  # noqa: E402
+from minisap.data import collate  # noqa: E402
+from minisap.evaluate import print_table  # noqa: E402
+from minisap.sap import fit_probe, response_nll  # noqa: E402
+from minisap.stats import student  # noqa: E402
+
+FLAGS = "--method sap --probe states --radius 0.25 --safety_weight 0 --n_eval 200"
+RELEASED_EPSILON, DROPOUT = 2e-5, 0.1
+
+
+def prompt_only(rows, device):
+    """The answer's tokens are hidden from the model that is to predict them."""
+    batch = collate(rows, device=device)
+    return batch | {"input_ids": torch.where(batch["labels"] != -100, 0, batch["input_ids"])}
+
+
+def without_eos(rows, device):
+    """The answer's end is no label."""
+    batch = collate(rows, device=device)
+    last = batch["labels"].ne(-100).flip(1).cumsum(1).flip(1) == 1
+    return batch | {"labels": torch.where(last, -100, batch["labels"])}
+
+
+def unshifted_loss(model, safe, harmful):
+    """Position t is to predict token t, which it sees."""
+    late = lambda batch: batch | {"labels": F.pad(batch["labels"][:, :-1], (1, 0), value=-100)}
+    return sap_safety_loss(model, late(safe), late(harmful))
+
+
+def logsigmoid_loss(model, safe, harmful):
+    """−log σ of the difference of summed log-likelihoods: a pair that is far apart counts for nothing."""
+    return -F.logsigmoid(response_nll(model, harmful)[0] - response_nll(model, safe)[0]).mean()
+
+
+def stale(kept):
+    """Every batch meets the probe of the batch before, the first none."""
+    def fit(*args):
+        kept.append(fit_probe(*args))
+        return kept.pop(0)
+    kept.append({})
+    return fit
+
+
+def in_bfloat16(model, W, g_hat, batch, layers, radius, epsilon, log):
+    """Line 4 as written, at the released ε, under autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return fit_probe(model, W, g_hat, batch, layers, radius, RELEASED_EPSILON, log)
+
+
+def under_dropout(m, W, g_hat, batch, layers, radius, epsilon, log):
+    """Line 4 as written, its two passes with masks of their own behind every layer."""
+    plain = model.Layer.forward
+    with patch.object(model.Layer, "forward", lambda *args: F.dropout(plain(*args), DROPOUT)):
+        return fit_probe(m, W, g_hat, batch, layers, radius, RELEASED_EPSILON, log)
+
+
+sap_safety_loss = sap.safety_loss
+DEPARTURES = {
+    "none": nullcontext,
+    "task: the prompt alone (no teacher forcing)": lambda: patch.object(train, "collate", prompt_only),
+    "task: EOS masked": lambda: patch.object(train, "collate", without_eos),
+    "L_safe: unshifted": lambda: patch.object(sap, "safety_loss", unshifted_loss),
+    "L_safe: logsigmoid of summed log-likelihoods": lambda: patch.object(sap, "safety_loss", logsigmoid_loss),
+    "V: of the batch before": lambda: patch.object(sap, "fit_probe", stale([])),
+    "V: difference in bfloat16, ε = 2e-5": lambda: patch.object(sap, "fit_probe", in_bfloat16),
+    "V: difference under dropout 0.1, ε = 2e-5": lambda: patch.object(sap, "fit_probe", under_dropout),
+}
+
+
+@contextmanager
+def seeded(seed):
+    """Dropout's masks, repeatable."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def measure(name, seed, out_dir):
+    """{metric: value} after the last step; {} where the run broke off on a gradient that is not finite."""
+    folder = out_dir / f"{list(DEPARTURES).index(name)}" / f"seed{seed}"
+    if not (folder / "sap" / "eval.json").exists():
+        with DEPARTURES[name](), seeded(seed):
+            train.main([*FLAGS.split(), "--seed", str(seed), "--out_dir", str(folder)])
+    return {r["metric"]: r["value"] for r in read_json(folder / "sap" / "eval.json")}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out_dir", type=Path, default=Path("runs/departures"))
+    parser.add_argument("--only", nargs="+", choices=DEPARTURES, default=list(DEPARTURES))
+    args = parser.parse_args(argv)
+    found = {name: [measure(name, seed, args.out_dir) for seed in args.seeds] for name in args.only}
+    write_json(args.out_dir / "departures.json", {"flags": FLAGS, "seeds": args.seeds, "found": found})
+    rows = [["departure", "harmful %", "against none", "refused %", "task accuracy %", "task loss"]]
+    for name, runs in found.items():
+        of = lambda metric: [run[metric] for run in runs]
+        difference = [a - b["harmful_score"] for a, b in zip(of("harmful_score"), found[args.only[0]])]
+        low, high = student(difference)
+        percent = lambda values: f"{100 * sum(values) / len(values):.1f}"
+        rows.append([name, f"{percent(of('harmful_score'))} ({', '.join(f'{100 * x:.1f}' for x in of('harmful_score'))})",
+                     "" if name == args.only[0] else f"{100 * sum(difference) / len(difference):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                     percent(of("refusal_rate")), percent(of("task_accuracy")), f"{sum(of('task_loss')) / len(runs):.3f}"])
+    print_table(rows)
+    print(f"mean of {len(args.seeds)} seeds (each); differences paired by seed, Student's 95 % interval over seeds")
+
+
+if __name__ == "__main__":
+    main()
