@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--epsilon", type=float, default=0.0, help="states: fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     add("--projection", choices=("on", "off"), default="on",
         help="project the harmful component out of sap's gradient (default: on)")
-    add("--safety_weight", type=float, default=0.05, help="λ: then add λ times the safety loss's gradient (default: 0.05)")
+    add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
     add("--refresh", type=int, default=1, help="take sap's ĝ anew every so many steps; more is cheaper (default: 1)")
     # rivals
     add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py (default: "
