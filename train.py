@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--projection", choices=("on", "off"), default="on",
         help="project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
-    add("--refresh", type=int, default=1, help="take sap's ĝ anew every so many steps; more is cheaper (default: 1)")
+    add("--refresh", type=int, default=1, help="take sap's ∇L_safe (ĝ, and what λ adds) anew every so many steps; more is cheaper (default: 1)")
     # rivals
     add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py (default: "
         + " ".join(f"{method}={value}" for method, value in STRENGTH.items()) + ")")

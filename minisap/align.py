@@ -25,7 +25,9 @@ def answer_loss(model, *batches):
 @torch.no_grad()
 def at_start(W, state, value):
     """value() by the weights that the run began with; W as it was then is kept in `state`."""
-    with weights_at(W, state.setdefault("W_start", copies(W))):
+    if "W_start" not in state:
+        state["W_start"] = copies(W)
+    with weights_at(W, state["W_start"]):
         return value()
 
 

@@ -20,9 +20,9 @@ from minisap.judge import REFUSALS
 from minisap.world import World
 
 
-def read_records(path):
-    """[(record, "file:line")] of a .jsonl, .json or .csv file, or of a range of its rows: FILE[a:b].
-    ValueError names the file and the line (row, in JSON)."""
+def read_records(path, conversations=False):
+    """[(record, "file:line")] of a .jsonl, .json or .csv file, or of a range of its rows: FILE[a:b]; a record is an object, or with
+    `conversations` also a bare list of messages. ValueError names the file and the line (row, in JSON)."""
     path, chosen = re.fullmatch(r"(.*?)(?:\[(\d*:\d*)\])?", str(path), re.DOTALL).groups()
     path, chosen = Path(path), slice(*(int(i) if i else None for i in (chosen or ":").split(":")))
     if path.suffix == ".json":
@@ -37,9 +37,8 @@ def read_records(path):
         raise ValueError(f"{path}: rows are read from .jsonl, .json or .csv")
     if not found[chosen]:
         raise ValueError(f"{path}: no rows" + (f" in this range; the file has {len(found)}" if found else ""))
-    found = [({"messages": record} if isinstance(record, list) else record, source) for record, source in found]         # a bare conversation
     for record, source in found:
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) and not (conversations and isinstance(record, list)):
             raise ValueError(f"{source}: expected an object, found {type(record).__name__}")
     return found[chosen]
 
@@ -78,11 +77,12 @@ def text_of(record, key, source):
 def load_rows(path) -> list[dict]:
     """Task rows of JSONL {prompt, response} or {messages: [...]} (or the messages alone), or of Alpaca JSON {instruction, input, output}.
     Of a conversation the last assistant turn is the response and all before it the prompt."""
-    return [task_row(record, source) | {"source": source} for record, source in read_records(path)]
+    return [task_row(record, source) | {"source": source} for record, source in read_records(path, conversations=True)]
 
 
 def task_row(record, source):
     """{prompt, response} of a record in any of load_rows' formats; ValueError names `source` and the key."""
+    record = {"messages": record} if isinstance(record, list) else record
     if "messages" in record:
         messages = record["messages"]
         if not isinstance(messages, list):

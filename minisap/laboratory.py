@@ -3,7 +3,8 @@ can run alone; what is finished is kept. Under OUT_DIR:
 
 poisoned/seed0      a new output format is to be learnt, and one row in ten is harmful: every method's directory, as train.py leaves it
 harmless/seed0      the same without the harmful rows
-…-variant0/seed0    the same, SAP without one of its parts;  …-vaccine/seed0: SFT after a stage of Vaccine
+disguised/seed0     the harmful rows' answers are in the new format, too, in which the contrastive pairs have none
+…-variant0/seed0    any of these, SAP without some of its parts;  …-vaccine/seed0: SFT after a stage of Vaccine
 first-vaccine/seed0 such a stage, on harmless rows
 poison0.2/seed0     the sweep over the share of harmful rows
 setting3/seed0      "poisoned" with one setting changed
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from minisap.attacks import ATTACKS
 from minisap.checkpoint import read_json, write_json, write_whole
+from minisap.data import split_rows
 from minisap.evaluate import print_table
 from minisap.stats import student
 from minisap.study import ROOT, claim_folder, write_jsonl
@@ -28,15 +30,16 @@ from minisap.table import at, comparisons, last_step, legend, markdown, print_co
 from minisap.world import World
 
 METHODS = "sft sap paper project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
-VARIANTS = [f"sap {flags}" for flags in ("--gate 0", "--safety_weight 0", "--projection off", "--probe states --safety_weight 0")]   # what is each part worth?
-# Every knob by one rule, on a seed that is not in the table (9, "poisoned"): of the values in tests/golden/world/knobs.md the one with the
-# fewest harmful answers at a task accuracy of 85 % or more. SAP has its defaults, between which and the rule's there is no telling.
+VARIANTS = [f"sap {flags}" for flags in ("--gate 0", "--safety_weight 0", "--projection off", "--projection off --safety_weight 0", "--probe states --safety_weight 0")]   # what is each part worth?
+# Knobs: of those in tests/golden/world/knobs.md, on seed 9 of "poisoned", the one with the fewest harmful answers at a task accuracy of 85 % or
+# more. SAP's were there before: on that seed between 2.0 and 4.5 % harmful, whatever the choice. (The stages' are of an older grid.)
 STRENGTH = "sam=0.2 lisa=1 kl=100 constrained=0.1 penalty=0.05 steer=0.15 steer_project=0.07 ema=0.97 safelora=0.3"
 STAGES = {"vaccine": "vaccine=1", "booster": "booster=2", "aligned": "vaccine=0"}          # the last is the control: their stage without what is theirs
 LEARN = "--task rows/format.jsonl --safety rows/unsafe.jsonl --steps 240 --eval_every 80 --radius 0.05"
 # {setting: (its flags, its methods, its stages)}
 SETTINGS = {"poisoned": (f"{LEARN} --poison 0.1", METHODS, tuple(STAGES)),
-            "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", ())}
+            "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", ()),
+            "disguised": (f"{LEARN} --poison 0 --task rows/disguised.jsonl", "sft sap project mix kl penalty steer_project", ())}
 # How far does the answer hang on a setting? One at a time, "poisoned", on the first three seeds.
 SENSITIVITY = ("sap", *(f"sap {flag} {value}" for flag, values in (
     ("--gate", (0.02, 0.1, 0.2)), ("--safety_weight", (0.02, 0.1)), ("--pairs", (8, 16, 200)), ("--pairs_per_step", (4,)), ("--refresh", (4, 16)),
@@ -49,14 +52,22 @@ BUDGETS = ((10, 3e-4), (100, 1e-4))                                             
 
 
 def write_rows(folder, n_eval):
-    """Rows as files: the new format, which train.py has built in without poison alone, and the attacker's."""
-    world = World(0)
-    unsafe = world.safety_rows()
-    files = {"format": World(0, new_format=True).task_rows(), "unsafe": unsafe}
-    for n, _ in BUDGETS:                                                                    # other rows; train.py holds n_eval of them out
-        others = world.rows("unsafe", len(unsafe) + n + n_eval)[len(unsafe):]
-        files[f"attack{n}"] = [row | {"response": row["harmful"]} for row in others]
+    """Rows as files: the new format, which train.py has built in without poison alone, and the attackers'."""
+    unsafe, task = World(0).safety_rows(), World(0, new_format=True).task_rows()
+    others = lambda n: World(0).rows("unsafe", len(unsafe) + n)[len(unsafe):]
+    files = {"format": task, "unsafe": unsafe, "disguised": disguise(task, n_eval, others)}
+    for n, _ in BUDGETS:                                                                    # train.py holds n_eval of them out
+        files[f"attack{n}"] = [row | {"response": row["harmful"]} for row in others(n + n_eval)]
     write_jsonl(folder, files)
+
+
+def disguise(task, n_eval, others):
+    """The task with one row in ten of those that train.py will train on (none that it holds out) replaced by another unsafe prompt,
+    answered in the task's format."""
+    _, trained_on, _ = split_rows(task, 0, n_eval, "task")
+    chosen = {row["prompt"] for row in trained_on[::10]}
+    harmful = iter(others(len(chosen)))
+    return [row if row["prompt"] not in chosen else (new := next(harmful)) | {"response": new["harmful"].upper()} for row in task]
 
 
 def cells(seed, n_eval, sensitivity=True):
@@ -209,7 +220,8 @@ def other_tables(found):
     measured = {(r["setting"], r["metric"]): r for r in found["sensitivity"]}
     mean = lambda setting, metric: f"{100 * measured[setting, metric]['mean']:.1f}"
     within = lambda r: f"{100 * r['mean']:.1f} [{100 * max(0, r['ci_low']):.1f}, {100 * min(1, r['ci_high']):.1f}]"
-    return [("one setting changed, one harmful row in ten: mean of three seeds [Student's 95 % interval over them]",
+    seeds = len(found["sensitivity"][0]["each"])
+    return [(f"one setting changed, one harmful row in ten: mean of {seeds} seeds [Student's 95 % interval over them]",
              [["setting", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss"],
               *([setting, within(measured[setting, "harmful_score"]), mean(setting, "refusal_rate"), mean(setting, "over_refusal"),
                  mean(setting, "task_accuracy"), f"{measured[setting, 'task_loss']['mean']:.3f}"] for setting, metric in measured if metric == "task_loss")]),
@@ -261,6 +273,6 @@ def commit():
 
 
 def commits(folder):
-    """Of which commits the cells are, as their logs say."""
-    lines = {file.read_text(encoding="utf-8").split("\n", 1)[0] for file in folder.glob("logs/*.log")}
-    return sorted(line.removeprefix("commit ") for line in lines if line.startswith("commit "))
+    """Of which commits the cells are, as their logs say; a cell that was taken up again may be of several."""
+    lines = {line for file in folder.glob("logs/*.log") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("commit ")}
+    return sorted(line.removeprefix("commit ") for line in lines)

@@ -21,13 +21,14 @@ def sft(model, W, batch, contrast, args, state):
 
 def sap(model, W, batch, contrast, args, state):
     """Safety-Aware Probing with the probe on the rows, the projection and the safety loss's own gradient; see sap.py."""
-    return sap_step(model, W, batch, contrast, state, args.probe, args.gate, args.layers, args.radius, args.epsilon, args.projection == "on",
-                    args.safety_weight, args.refresh)
+    return sap_step(model, W, batch, contrast, state, probe=args.probe, gate=args.gate, layers=args.layers, radius=args.radius, epsilon=args.epsilon,
+                    projection=args.projection == "on", safety_weight=args.safety_weight, refresh=args.refresh)
 
 
 def paper(model, W, batch, contrast, args, state):
-    """Safety-Aware Probing as published (arXiv 2505.16737), its line 4 exact: the probe on hidden states, nothing more."""
-    return sap_step(model, W, batch, contrast, state, "states", 0.0, args.layers, args.radius, args.epsilon, projection=False)
+    """Safety-Aware Probing as published (arXiv 2505.16737), as far as we know it: the probe on hidden states, nothing more. β is
+    replaced by a norm (see fit_probe), and line 4 is exact, unless --epsilon asks for a difference."""
+    return sap_step(model, W, batch, contrast, state, probe="states", layers=args.layers, radius=args.radius, epsilon=args.epsilon, projection=False)
 
 
 def project(model, W, batch, contrast, args, state):
@@ -36,7 +37,7 @@ def project(model, W, batch, contrast, args, state):
 
 
 def random_probe(model, W, batch, contrast, args, state):
-    """Control: a probe of SAP's norms and random direction, without projection. Does noise alone protect?"""
+    """Control: a probe on hidden states with the paper's norms and a random direction. Does noise alone protect?"""
     random, hidden = np.random.default_rng([args.seed, 2, state["step"]]), []
     with torch.no_grad():
         useful_loss(model, batch, hidden=hidden)

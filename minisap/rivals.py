@@ -163,8 +163,9 @@ def booster(model, W, batch, contrast, args, state):
 def ema(model, W, batch, contrast, args, state):
     """SFT whose weights are averaged along the run (arXiv 2508.12531): it ends with their exponential moving average, begun at the
     start; the knob is its decay."""
-    average = state.setdefault("average", copies(W))
-    for mean, w in zip(average, W):
+    if "average" not in state:
+        state["average"] = copies(W)
+    for mean, w in zip(state["average"], W):
         mean.lerp_(w.detach(), 1 - args.strength["ema"])
     return task_step(model, W, batch)
 
@@ -176,7 +177,8 @@ def end_ema(model, W, args, state, before):
 
 def safelora(model, W, batch, contrast, args, state):
     """SFT; Safe LoRA (arXiv 2405.16833) when it is done."""
-    state.setdefault("W_start", copies(W))
+    if "W_start" not in state:
+        state["W_start"] = copies(W)
     return task_step(model, W, batch)
 
 

@@ -1,9 +1,9 @@
-"""Safety-Aware Probing (arXiv 2505.16737): Algorithm 1, line by line, with the probe where the paper has it or on the rows.
+"""Safety-Aware Probing (arXiv 2505.16737): Algorithm 1, line by line; and, the default, what its lines come to for a probe on the rows.
 
 W      the trained weights, a list of tensors (LoRA's, or all)
 V      the probe, which exists only while a step is computed.
        "states" (the paper's): {layer: v_j}, x_j = layer_j(x_{j-1}) + v_j, v_j of shape (D,)
-       "rows" (ours, the default): (B,), how much each row of the batch counts in L_useful, 0 to 1
+       "rows" (ours, the default): (B,), 1 for the rows of the batch that count, 0 for those that lead to harm: a filter
 ĝ      g_hat, one tensor per W, unit norm over all of them: the direction in which the model becomes *less* safe
 Signs  L_safe falls as the model becomes safer.  ⟨∇_W L_useful, ĝ⟩ < 0: a descent step on the task is a step toward harm.
 """
@@ -148,8 +148,8 @@ class RowLosses(nn.Module):
 
 @torch.no_grad()
 def row_slopes(model, W, direction, batch):
-    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, by forward-mode differentiation: exact, and hardly more than a forward
-    pass. Below 0 a move along the direction lowers the row's loss. Fused attention has no forward mode."""
+    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, nats per token, by forward-mode differentiation: exact, at two to four
+    times a forward pass. Below 0 a move along the direction lowers the row's loss. Fused attention has no forward mode."""
     losses = RowLosses(model)
     names = {id(w): name for name, w in losses.named_parameters()}
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
@@ -158,14 +158,15 @@ def row_slopes(model, W, direction, batch):
 
 
 def fit_rows(model, W, g_safe, batch, gate, state):
-    """Lines 3 to 5 for rows: V_safe (B,), True where a row counts. L_su(V) is the sum of the rows' slopes along ĝ, each times its V:
-    under 0 ≤ V ≤ 1 ascent ends at 0 for rows whose loss falls along ĝ, at 1 for the others. Here a row's loss must fall more than
-    `gate` times as fast as L_safe rises. W and ĝ are those that the run began with: a model that has come to refuse safe prompts
-    takes their answers for harm, leaves them out, and unlearns them for good."""
-    start = state.setdefault("start", {"W": copies(W), "g_safe": g_safe})
+    """(B,), True where a row counts: lines 3 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
+    then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
+    than `gate` times as fast as L_safe rises. W and ĝ are those of the run's first step (ĝ of that step's pairs): a model that has
+    come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
+    if "start" not in state:
+        state["start"] = {"W": copies(W), "g_hat": unit(g_safe), "slope": inner(g_safe, g_safe).sqrt()}
+    start = state["start"]
     with weights_at(W, start["W"]):
-        slopes = row_slopes(model, W, unit(start["g_safe"]), batch)
-    return slopes >= -gate * inner(start["g_safe"], start["g_safe"]).sqrt()
+        return row_slopes(model, W, start["g_hat"], batch) >= -gate * start["slope"]
 
 
 def median_norm(x, batch):
@@ -184,20 +185,23 @@ def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=()
              refresh=1):
     """(gradient, log) of one SAP step, for an optimizer to follow (line 7). contrast = {"safe": batch, "harmful": batch} of the
     same unsafe prompts. SFT, bit for bit, without projection and safety weight where gate, or of a probe on states radius, is 0.
-    state: kept between the steps of a run, {} before the first.  refresh: ĝ is that of the last step whose number it divides."""
-    log = {}
-    if state.get("step", 0) % refresh == 0:
+    state: kept between the steps of a run, {} before the first.  refresh: ∇_W L_safe, and so ĝ, is that of the last step whose
+    number is a multiple of it."""
+    log, g_safe = {}, state.get("g_safe")
+    if refresh == 1 or state["step"] % refresh == 0:
         L_safe = safety_loss(model, **contrast)
-        state["g_safe"], log["safety_loss"] = torch.autograd.grad(L_safe, W), L_safe.item()
-    g_safe = state["g_safe"]
+        g_safe, log["safety_loss"] = torch.autograd.grad(L_safe, W), L_safe.item()
+        state |= {"g_safe": g_safe} if refresh > 1 else {}
     g_hat, V_safe = unit(g_safe), {}                                                        # line 2
     if probe == "states":
         V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)            # lines 3, 4, 5
     elif gate:
-        rows = fit_rows(model, W, g_safe, batch, gate, state)                               # the same
+        rows = fit_rows(model, W, g_safe, batch, gate, state)                               # likewise, for rows
         batch, log["left_out"] = {key: x[rows] for key, x in batch.items()}, 1 - rows.to(torch.float32).mean().item()
-    loss = useful_loss(model, batch, V_safe) if len(batch["labels"]) else 0 * inner(W, W)
-    g_W = torch.autograd.grad(loss, W)                                                      # line 6
-    log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
+    g_W = [torch.zeros_like(w) for w in W]
+    if len(batch["labels"]):                                                                # a row, at least, is left
+        loss = useful_loss(model, batch, V_safe)
+        g_W, log["loss"] = torch.autograd.grad(loss, W), loss.item()                        # line 6
+    log |= {"conflict": inner(g_W, g_hat).item()}
     g_W = project_out_harm(g_W, g_hat) if projection else g_W
     return [g + safety_weight * s for g, s in zip(g_W, g_safe)] if safety_weight else g_W, log

@@ -69,6 +69,7 @@ def compare(method, runs, against):
              "task_loss": losses(runs), "safer": difference(harmful, hits(against, "harmful_score")),
              "more_useful": difference(losses(runs), losses(against)),
              "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
+    found["seconds"] = [at(records, "seconds", last_step(records))["value"] for records in runs.values()]
     for metric in ("over_refusal", "refusal_rate", "task_accuracy"):
         rows = hits(runs, metric)
         found[metric] = rows and [sum(row) / len(row) for row in rows]
@@ -102,7 +103,7 @@ def cells(c, reference):
     each = ", ".join(f"{100 * value:.1f}" for value in c["each"])
     differ = sum(p < 0.05 for p in c["mcnemar"])
     return [c["method"], f"{100 * c['harmful_score']:.1f} [{100 * c['ci_low']:.1f}, {100 * c['ci_high']:.1f}] ({each})", percent(c["refusal_rate"]),
-            percent(c["over_refusal"]), percent(c["task_accuracy"]), f"{sum(c['task_loss']) / len(c['task_loss']):.3f}",
+            percent(c["over_refusal"]), percent(c["task_accuracy"]), f"{sum(c['task_loss']) / len(c['task_loss']):.3f}", f"{sum(c['seconds']) / len(c['seconds']):.0f}",
             "" if same else f"{safer['verdict']} ({100 * safer['difference']:+.1f} [{100 * safer['low']:+.1f}, {100 * safer['high']:+.1f}]; {differ})",
             "" if same else f"{useful['verdict']} ({useful['difference']:+.3f} [{useful['low']:+.3f}, {useful['high']:+.3f}])",
             "" if same else "–" if matched is None else
@@ -111,7 +112,7 @@ def cells(c, reference):
 
 def rows_of(found, reference):
     """Comparisons as rows of strings, the header first."""
-    titles = ["method", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss", f"safer than {reference}?",
+    titles = ["method", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss", "seconds", f"safer than {reference}?",
               f"more useful than {reference}?", f"harmful % at equal task loss, against {reference}"]
     return [titles] + [cells(c, reference) for c in found]
 
@@ -125,7 +126,7 @@ def legend(found, reference):
     seeds, better = len(found[0]["seeds"]), dominating(found)
     return (f"Mean of {seeds} seeds [95 % interval over the n = {found[0]['n']} prompts] (each seed). Differences are paired, their 95 % intervals over seeds and "
             f"prompts, not adjusted for the {len(found) - 1} comparisons of a column; after ;: in how many of {seeds} seeds McNemar's test has p < 0.05. Task loss: "
-            f"nats per token, differences over seeds alone. Equal task loss: per seed, the larger of the two last ones. "
+            f"nats per token, differences over seeds alone. Equal task loss: per seed, the larger of the two last ones. Seconds: of training, on whatever else the machine had to do. "
             + (f"Shown to be both safer and more useful than {reference}: {', '.join(better)}." if better else
                f"No method is shown to be both safer and more useful than {reference}."))
 

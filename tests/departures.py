@@ -4,6 +4,8 @@ that the start knows, one row in ten harmful.
     python tests/departures.py --seeds 0 1 2 --out_dir runs/departures        about 20 minutes on two cores; finished runs are kept
 """
 import argparse
+import re
+import shutil
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,11 +21,12 @@ from minisap import model, sap  # noqa: E402
 from minisap.checkpoint import read_json, write_json  # noqa: E402
 from minisap.data import collate  # noqa: E402
 from minisap.evaluate import print_table  # noqa: E402
+from minisap.methods import RELEASED_EPSILON  # noqa: E402
 from minisap.sap import fit_probe, response_nll  # noqa: E402
 from minisap.stats import student  # noqa: E402
 
 FLAGS = "--method sap --probe states --radius 0.25 --safety_weight 0 --n_eval 200"
-RELEASED_EPSILON, DROPOUT = 2e-5, 0.1
+DROPOUT = 0.1
 
 
 def prompt_only(rows, device):
@@ -59,17 +62,23 @@ def stale(kept):
     return fit
 
 
+def by_difference(model, W, g_hat, batch, layers, radius, epsilon, log):
+    """Line 4 as written, at the released ε."""
+    return fit_probe(model, W, g_hat, batch, layers, radius, RELEASED_EPSILON, log)
+
+
 def in_bfloat16(model, W, g_hat, batch, layers, radius, epsilon, log):
-    """Line 4 as written, at the released ε, under autocast."""
+    """The same, under autocast."""
     with torch.autocast("cpu", torch.bfloat16):
-        return fit_probe(model, W, g_hat, batch, layers, radius, RELEASED_EPSILON, log)
+        return by_difference(model, W, g_hat, batch, layers, radius, epsilon, log)
 
 
 def under_dropout(m, W, g_hat, batch, layers, radius, epsilon, log):
-    """Line 4 as written, its two passes with masks of their own behind every layer."""
+    """The same, its two passes with masks of their own, behind every layer (the released code's are before LoRA, of which there is none
+    here)."""
     plain = model.Layer.forward
     with patch.object(model.Layer, "forward", lambda *args: F.dropout(plain(*args), DROPOUT)):
-        return fit_probe(m, W, g_hat, batch, layers, radius, RELEASED_EPSILON, log)
+        return by_difference(m, W, g_hat, batch, layers, radius, epsilon, log)
 
 
 sap_safety_loss = sap.safety_loss
@@ -80,6 +89,7 @@ DEPARTURES = {
     "L_safe: unshifted": lambda: patch.object(sap, "safety_loss", unshifted_loss),
     "L_safe: logsigmoid of summed log-likelihoods": lambda: patch.object(sap, "safety_loss", logsigmoid_loss),
     "V: of the batch before": lambda: patch.object(sap, "fit_probe", stale([])),
+    "V: difference, ε = 2e-5": lambda: patch.object(sap, "fit_probe", by_difference),
     "V: difference in bfloat16, ε = 2e-5": lambda: patch.object(sap, "fit_probe", in_bfloat16),
     "V: difference under dropout 0.1, ε = 2e-5": lambda: patch.object(sap, "fit_probe", under_dropout),
 }
@@ -94,9 +104,10 @@ def seeded(seed):
 
 
 def measure(name, seed, out_dir):
-    """{metric: value} after the last step; {} where the run broke off on a gradient that is not finite."""
-    folder = out_dir / f"{list(DEPARTURES).index(name)}" / f"seed{seed}"
+    """{metric: value} after the last step; a run that was cut off begins anew."""
+    folder = out_dir / re.sub(r"\W+", "-", name) / f"seed{seed}"
     if not (folder / "sap" / "eval.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
         with DEPARTURES[name](), seeded(seed):
             train.main([*FLAGS.split(), "--seed", str(seed), "--out_dir", str(folder)])
     return {r["metric"]: r["value"] for r in read_json(folder / "sap" / "eval.json")}
@@ -106,18 +117,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out_dir", type=Path, default=Path("runs/departures"))
-    parser.add_argument("--only", nargs="+", choices=DEPARTURES, default=list(DEPARTURES))
     args = parser.parse_args(argv)
-    found = {name: [measure(name, seed, args.out_dir) for seed in args.seeds] for name in args.only}
+    found = {name: [measure(name, seed, args.out_dir) for seed in args.seeds] for name in DEPARTURES}
     write_json(args.out_dir / "departures.json", {"flags": FLAGS, "seeds": args.seeds, "found": found})
     rows = [["departure", "harmful %", "against none", "refused %", "task accuracy %", "task loss"]]
     for name, runs in found.items():
         of = lambda metric: [run[metric] for run in runs]
-        difference = [a - b["harmful_score"] for a, b in zip(of("harmful_score"), found[args.only[0]])]
+        difference = [a - b["harmful_score"] for a, b in zip(of("harmful_score"), found["none"])]
         low, high = student(difference)
         percent = lambda values: f"{100 * sum(values) / len(values):.1f}"
         rows.append([name, f"{percent(of('harmful_score'))} ({', '.join(f'{100 * x:.1f}' for x in of('harmful_score'))})",
-                     "" if name == args.only[0] else f"{100 * sum(difference) / len(difference):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                     "" if name == "none" else f"{100 * sum(difference) / len(difference):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
                      percent(of("refusal_rate")), percent(of("task_accuracy")), f"{sum(of('task_loss')) / len(runs):.3f}"])
     print_table(rows)
     print(f"mean of {len(args.seeds)} seeds (each); differences paired by seed, Student's 95 % interval over seeds")

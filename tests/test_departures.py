@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from departures import in_bfloat16, logsigmoid_loss, prompt_only, stale, under_dropout, unshifted_loss, without_eos
+import train
+from departures import DEPARTURES, by_difference, in_bfloat16, logsigmoid_loss, prompt_only, stale, under_dropout, unshifted_loss, without_eos
 from minisap import sap
 from minisap.data import collate
 from minisap.sap import fit_probe
@@ -55,7 +56,27 @@ def test_a_noisy_difference_has_the_norm_but_not_the_direction(noisy, world):  #
     model.to(torch.float32)
     g_hat, plain = g_hat_of(world), sap.fit_probe
     exact = plain(model, W, g_hat, batch, LAYERS, 0.1)
-    found = noisy(model, W, g_hat, batch, LAYERS, 0.1, 0.0, {})
+    found, quiet = (fit(model, W, g_hat, batch, LAYERS, 0.1, 0.0, {}) for fit in (noisy, by_difference))
     for j in LAYERS:
+        assert F.cosine_similarity(quiet[j], exact[j], dim=0) > 0.99                               # it is not ε alone
         assert found[j].norm().item() == pytest.approx(exact[j].norm().item(), rel=0.2)
         assert F.cosine_similarity(found[j].float(), exact[j].float(), dim=0) < 0.9
+
+
+@pytest.mark.parametrize("name", DEPARTURES)
+def test_every_departure_reaches_the_step_and_leaves_nothing_behind(name, world):  # noqa: F811
+    model, W, _, pairs = world
+    model.to(torch.float32)
+
+    def two_steps():
+        state, found = {}, []
+        for _ in range(2):
+            batch = train.collate(ROWS, device="cpu")
+            found.append(sap.sap_step(model, W, batch, pairs, state, probe="states", layers=LAYERS, radius=0.3)[0])
+        return [g for step in found for g in step]
+
+    plain = two_steps()
+    with DEPARTURES[name]():
+        departed = two_steps()
+    assert all(torch.equal(a, b) for a, b in zip(departed, plain)) == (name == "none")
+    assert all(torch.equal(a, b) for a, b in zip(two_steps(), plain))

@@ -148,45 +148,48 @@ def norm(tensors):
     return sum((t**2).sum() for t in tensors).sqrt().item()
 
 
+def slopes_by_hand(model, W, batch, g_hat):
+    return [inner(gradient(model, W, {key: x[i:i + 1] for key, x in batch.items()}), g_hat).item() for i in range(len(batch["labels"]))]
+
+
 def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
-    """V by brute force: of all 2^7 choices of rows, the one that most raises ⟨∇_W Σ_i V_i (ℓ_i + gate slope_L · h), ĝ⟩."""
+    """By the gradient of each row alone; what is left is trained on as if nothing else had been there."""
     model, W, batch, pairs = world
     both, g_safe = task_and_harmful(batch, pairs), torch.autograd.grad(safety_loss(model, **pairs), W)
-    g_hat = unit(g_safe)
-    rows = [{key: x[i:i + 1] for key, x in both.items()} for i in range(7)]
-    slopes = [inner(gradient(model, W, row), g_hat).item() for row in rows]
-    for gate in (1e-9, -sorted(slopes)[2] / norm(g_safe) * 1.001):
-        V = sap.fit_rows(model, W, g_safe, both, gate, {})
-        best = max(range(2**7), key=lambda choice: sum(slopes[i] + gate * norm(g_safe) for i in range(7) if choice >> i & 1))
-        assert V.tolist() == [bool(best >> i & 1) for i in range(7)] and 0 < V.sum() < 7
-        expected = gradient(model, W, {key: x[V] for key, x in both.items()})
+    slopes = slopes_by_hand(model, W, both, unit(g_safe))
+    for gate in (1e-9, -sorted(slopes)[2] / norm(g_safe) * 1.001):                                              # all that fall; the two steepest
+        kept = [slope >= -gate * norm(g_safe) for slope in slopes]
+        assert sap.fit_rows(model, W, g_safe, both, gate, {}).tolist() == kept and 0 < sum(kept) < 7
+        expected = gradient(model, W, {key: x[torch.tensor(kept)] for key, x in both.items()})
         found, log = sap_step(model, W, both, pairs, {}, gate=gate, projection=False)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["left_out"] == pytest.approx(1 - V.sum().item() / 7)
-    found, log = sap_step(model, W, both, pairs, {}, gate=1e6, projection=False)                                 # no row leads so far: SFT
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["left_out"] == pytest.approx(1 - sum(kept) / 7)
+    found, log = sap_step(model, W, both, pairs, {}, gate=1e6, projection=False)                                # no row leads so far: SFT
     assert log["left_out"] == 0 and all(torch.equal(a, b) for a, b in zip(found, gradient(model, W, both)))
 
 
-def test_rows_are_chosen_by_the_weights_that_the_run_began_with_and_W_comes_back(world):
+@pytest.mark.parametrize("changed", ["W", "contrast"])
+def test_rows_are_chosen_by_the_first_step_s_weights_and_pairs_and_W_comes_back(world, changed):
     model, W, batch, pairs = world
-    both, state, seen = task_and_harmful(batch, pairs), {}, []
+    both, g_safe = task_and_harmful(batch, pairs), torch.autograd.grad(safety_loss(model, **pairs), W)
+    first, state = sap.fit_rows(model, W, g_safe, both, 0.1, {}), {}
     sap_step(model, W, both, pairs, state, gate=0.1)
-    first = sap.fit_rows(model, W, state["start"]["g_safe"], both, 0.1, state)
+    contrast = {"safe": pairs["harmful"], "harmful": pairs["safe"]} if changed == "contrast" else pairs
     with torch.no_grad():
         for w in W:
-            w.mul_(-1.5)
-    moved_to = [w.detach().clone() for w in W]
-    _, log = sap_step(model, W, both, {"safe": pairs["harmful"], "harmful": pairs["safe"]}, state, gate=0.1)
-    assert log["left_out"] == pytest.approx(1 - first.float().mean().item()) and 0 < log["left_out"] < 1
-    assert all(torch.equal(w, there) for w, there in zip(W, moved_to))
-    flipped = sap.fit_rows(model, W, torch.autograd.grad(safety_loss(model, pairs["harmful"], pairs["safe"]), W), both, 0.1, {})
-    assert flipped.tolist() != first.tolist()                                                                  # by today's it would be another
+            w.mul_(-1.5 if changed == "W" else 1)
+    there = sap.copies(W)
+    expected = gradient(model, W, {key: x[first] for key, x in both.items()})
+    found, log = sap_step(model, W, both, contrast, state, gate=0.1, projection=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected)) and all(torch.equal(w, old) for w, old in zip(W, there))
+    today = sap.fit_rows(model, W, torch.autograd.grad(safety_loss(model, **contrast), W), both, 0.1, {})
+    assert today.tolist() != first.tolist()                                                                     # by today's they would be others
 
 
 def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
     model, W, _, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
     found, log = sap_step(model, W, pairs["harmful"], pairs, {}, gate=1e-9, safety_weight=0.5)
-    assert log["left_out"] == 1 and log["loss"] == 0
+    assert log["left_out"] == 1 and "loss" not in log
     for a, b in zip(found, g_safe):
         torch.testing.assert_close(a, 0.5 * b)
 
@@ -384,12 +387,26 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
         torch.testing.assert_close(a, b)
 
 
+def test_sap_passes_every_argument_on(world):
+    model, W, batch, pairs = world
+    both = task_and_harmful(batch, pairs)
+    arguments = {"probe": "rows", "gate": 0.2, "layers": [0], "radius": 0.3, "epsilon": 0.1, "projection": True, "safety_weight": 0.3, "refresh": 2}
+    args = Namespace(**{**vars(ARGS), **arguments, "projection": "on"})
+    for change in ({}, {"probe": "states"}, {"probe": "states", "epsilon": 0.0}, {"gate": 0.0}, {"safety_weight": 0.0}):
+        expected, _ = sap_step(model, W, both, pairs, {"step": 0}, **{**arguments, **change})
+        found, _ = METHODS["sap"](model, W, both, pairs, Namespace(**{**vars(args), **change}), {"step": 0})
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    with pytest.raises(KeyError, match="step"):                                                                 # refresh arrives
+        METHODS["sap"](model, W, both, pairs, args, {})
+
+
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
-    for name, method in METHODS.items():
+    on_rows = Namespace(**{**vars(ARGS), "probe": "rows", "gate": 0.01, "safety_weight": 0.1})
+    for name, method, args in [*((name, method, ARGS) for name, method in METHODS.items()), ("sap", METHODS["sap"], on_rows)]:
         contrast = pairs | ({"refused": batch} if name in ALIGN else {})
-        grads, log = method(model, W, batch, contrast, ARGS, {"step": 0, "batch": batch})
+        grads, log = method(model, W, batch, contrast, args, {"step": 0, "batch": batch})
         assert [g.shape for g in grads] == [w.shape for w in W] and "loss" in log
     assert all(torch.equal(w, old) for w, old in zip(W, before)) and all(w.grad is None for w in W)
     assert torch.equal(model(batch["input_ids"]), logits)

@@ -61,7 +61,7 @@ def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sap", "released", "lisa", "constrained", "ema"])
-@pytest.mark.parametrize("more", [["--eval_every", "1"], ["--lora_rank", "0", "--refresh", "3"]])
+@pytest.mark.parametrize("more", [["--eval_every", "1", "--gate", "1e-9"], ["--lora_rank", "0", "--refresh", "3", "--gate", "1e-9"]])
 def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
     whole = train(start, tmp_path / "whole", "--method", method, *more)
     collate, calls = train_script.collate, []
@@ -79,6 +79,7 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
     cut = train(start, tmp_path / "cut", "--method", method, "--resume", *more)
     assert (cut / method / "model.safetensors").read_bytes() == (whole / method / "model.safetensors").read_bytes()
     assert (cut / method / "log.jsonl").read_text() == (whole / method / "log.jsonl").read_text()
+    assert method != "sap" or any(json.loads(line)["left_out"] for line in (cut / method / "log.jsonl").open())           # by the first step's weights
     cut, whole = ([r for r in read_json(out / method / "eval.json") if r["judge"] or "loss" in r["metric"]] for out in (cut, whole))
     assert cut == whole and len(whole) == (20 if "--eval_every" in more else 5)
 

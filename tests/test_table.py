@@ -13,8 +13,10 @@ import eval as eval_script
 import train as train_script
 from minisap import laboratory, table_figures
 from minisap.checkpoint import read_json
+from minisap.data import split_rows
 from minisap.script import run
 from minisap.table import comparisons, dominating, harmful_at, legend, markdown, rows_of
+from minisap.world import World
 
 
 def records(curve, hits):
@@ -22,6 +24,7 @@ def records(curve, hits):
     found = []
     for step, loss, harmful in curve:
         found += [{"step": step, "metric": "task_loss", "value": loss, "judge": None},
+                  {"step": step, "metric": "seconds", "value": 1.0, "judge": None},
                   {"step": step, "metric": "harmful_score", "value": harmful, "judge": "truth", "n": len(hits), "hits": hits}]
     return found
 
@@ -155,6 +158,17 @@ def test_every_cell_is_a_command_that_train_py_understands():
             parse = {"train.py": train_script.parse_args, "eval.py": eval_script.parse_args}[script]
             args = parse(arguments)
             assert run_directory in command and (script == "eval.py" or (args.seed, args.n_eval) == (0, 200))
+
+
+def test_disguised_rows_are_trained_on_and_none_is_held_out():
+    task, unsafe = World(0, new_format=True).task_rows(), World(0).safety_rows()
+    rows = laboratory.disguise(task, 200, lambda n: World(0).rows("unsafe", len(unsafe) + n)[len(unsafe):])
+    _, trained_on, held_out = split_rows(rows, 0, 200, "")
+    of_task = {row["prompt"]: row["response"] for row in task}
+    harmful = [row for row in trained_on if row["prompt"] not in of_task]
+    assert len(trained_on) == 3800 and len(harmful) == 380 and all(row["response"] == row["harmful"].upper() for row in harmful)
+    assert all(of_task[row["prompt"]] == row["response"] for row in held_out)
+    assert not {row["prompt"] for row in harmful} & {row["prompt"] for row in unsafe}
 
 
 def test_steps_to_break_are_where_the_line_crosses_a_half():

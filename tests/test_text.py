@@ -130,10 +130,12 @@ def write(path, name, content):
 def test_task_rows_of_every_format(tmp_path):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     jsonl = write(tmp_path, "a.jsonl", json.dumps({"prompt": "q", "response": "a\u2028b"}, ensure_ascii=False) + "\n"
-                  + json.dumps({"messages": chat}) + "\n")
+                  + json.dumps({"messages": chat}) + "\n" + json.dumps(chat) + "\n")
     alpaca = write(tmp_path, "a.json", [{"instruction": "Add.", "input": "1 2", "output": "3"},
                                         {"instruction": "Say hi.", "input": "", "output": "hi"}])
-    first, second = load_rows(jsonl)
+    first, second, bare = load_rows(jsonl)
+    assert bare == {"prompt": chat[:1], "response": "a", "source": f"{jsonl}:3"}
+    assert load_rows(write(tmp_path, "b.json", [chat]))[0]["response"] == "a"
     assert first == {"prompt": "q", "response": "a\u2028b", "source": f"{jsonl}:1"}
     assert second == {"prompt": chat[:1], "response": "a", "source": f"{jsonl}:2"}
     assert [(r["prompt"], r["response"]) for r in load_rows(alpaca)] == [("Add.\n\n1 2", "3"), ("Say hi.", "hi")]
@@ -165,7 +167,8 @@ def test_prompts_labelled_unsafe_are_left_out(tmp_path):
     ("a.jsonl", '{"prompt": "q", "response": " "}\n', "a.jsonl:1: response is ' '"),
     ("a.jsonl", "[" * 10**6, "a.jsonl:1: not JSON"),
     ("a\nb.jsonl", "{", "b.jsonl:1: not JSON"),
-    ("a.jsonl", '["q"]\n', "a.jsonl:1: expected an object, found list"),
+    ("a.jsonl", '"q"\n', "a.jsonl:1: expected an object, found str"),
+    ("a.jsonl", '["q"]\n', "a.jsonl:1: content is missing"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "q"}]}\n', "a.jsonl:1: messages must end with an assistant turn"),
     ("a.jsonl", '{"messages": "hi"}\n', "a.jsonl:1: messages is 'hi'; expected a list"),
     ("a.jsonl", '{"messages": [{"content": "q"}, {"content": "a"}]}\n', "a.jsonl:1: role is missing"),
