@@ -113,13 +113,8 @@ def measure(name, seed, out_dir):
     return {r["metric"]: r["value"] for r in read_json(folder / "sap" / "eval.json")}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out_dir", type=Path, default=Path("runs/departures"))
-    args = parser.parse_args(argv)
-    found = {name: [measure(name, seed, args.out_dir) for seed in args.seeds] for name in DEPARTURES}
-    write_json(args.out_dir / "departures.json", {"flags": FLAGS, "seeds": args.seeds, "found": found})
+def rows_of(found):
+    """{departure: [{metric: value} per seed]} as rows of strings, the header first."""
     rows = [["departure", "harmful %", "against none", "refused %", "task accuracy %", "task loss"]]
     for name, runs in found.items():
         of = lambda metric: [run[metric] for run in runs]
@@ -129,7 +124,17 @@ def main(argv=None):
         rows.append([name, f"{percent(of('harmful_score'))} ({', '.join(f'{100 * x:.1f}' for x in of('harmful_score'))})",
                      "" if name == "none" else f"{100 * sum(difference) / len(difference):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
                      percent(of("refusal_rate")), percent(of("task_accuracy")), f"{sum(of('task_loss')) / len(runs):.3f}"])
-    print_table(rows)
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out_dir", type=Path, default=Path("runs/departures"))
+    args = parser.parse_args(argv)
+    found = {name: [measure(name, seed, args.out_dir) for seed in args.seeds] for name in DEPARTURES}
+    write_json(args.out_dir / "departures.json", {"flags": FLAGS, "seeds": args.seeds, "found": found})
+    print_table(rows_of(found))
     print(f"mean of {len(args.seeds)} seeds (each); differences paired by seed, Student's 95 % interval over seeds")
 
 

@@ -1,60 +1,81 @@
-"""README.md against the records in tests/golden that its tables are made from."""
+"""README.md and minisap/docs against the records in tests/golden that their tables are made from."""
 import re
 from pathlib import Path
 from statistics import fmean
 
 import eval as eval_script
+from departures import rows_of as rows_of_departures
 from minisap.checkpoint import read_json
 from minisap.compare import Series
-from minisap.evaluate import format_value
 from minisap.laboratory import other_tables
 from minisap.stats import wilson
-from minisap.table import legend, markdown, rows_of
+from minisap.table import comparisons, legend, markdown, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
-README, GOLDEN = (ROOT / "README.md").read_text(), ROOT / "tests" / "golden"
+README, RESULTS, STUDY = (ROOT / name for name in ("README.md", "minisap/docs/results.md", "minisap/docs/study.md"))
+README, RESULTS, STUDY = README.read_text(), RESULTS.read_text(), STUDY.read_text()
+GOLDEN = ROOT / "tests" / "golden"
 
 
-def test_the_tables_are_what_the_records_say(capsys):
-    """The curve word for word; and every number of the other tables, from `eval.py --curves` on the committed records."""
-    eval_script.main([str(GOLDEN / "smollm2" / run) for run in ("seed0", "seed1", "sap0", "sap1")] + ["--curves"])
-    curve = capsys.readouterr().out
-    assert curve in README
-    before = format_value(next(r for r in read_json(GOLDEN / "smollm2" / "base.json") if r["metric"] == "harmful_score")).strip()
-    assert f"{before} before" in re.sub(r"\s+", " ", README)
-    tables = [line.replace("**", "") for line in README.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
-    for record in ("gated", "world", "unprojected", "benign"):
+def runs_of(paths):
+    """{method: {seed: records}} of run directories."""
+    runs = {}
+    for r in eval_script.read_runs(paths):
+        runs.setdefault(r["method"], {}).setdefault(r["seed"], []).append(r)
+    return runs
+
+
+def test_the_real_model_s_tables_are_what_the_records_say():
+    for p, share in (("0.125", "one in eight"), ("0.25", "one in four")):
+        runs = runs_of(sorted(GOLDEN.glob(f"smollm2/p{p}-seed?")))
+        header, *rows = rows_of(comparisons({method: runs[method] for method in ("sft", "sap", "mix")}), "sap")
+        assert markdown([header, *rows]) in RESULTS
+        for row in rows:
+            method, harmful, refused, over, _, loss, _, safer, useful, _ = row
+            assert f"| {share} | {' | '.join((method, harmful, refused, over, loss, safer, useful))} |\n" in README
+
+
+def test_the_world_s_curves_are_what_the_records_say(capsys):
+    """Every number of the tables on a task that the start knows."""
+    tables = [line.replace("**", "") for line in RESULTS.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
+    for record in ("world", "states", "benign"):
         eval_script.main([str(GOLDEN / "world" / f"{record}{seed}") for seed in range(5)] + ["--curves"])
-    for record in GOLDEN.glob("world/format*"):
-        eval_script.main([str(record), "--curves"])
-    told = curve + capsys.readouterr().out
-    assert len(tables) == 9 + 8 + 6 + 12
+    told = capsys.readouterr().out
+    assert len(tables) == 8 + 8
     for line in tables:
         for cell in line.strip("| ").split(" | ")[1:]:
             assert cell in told, line
 
 
+def test_the_departures_are_what_the_record_says():
+    assert markdown(rows_of_departures(read_json(GOLDEN / "world" / "departures.json")["found"])) in RESULTS
+
+
 def test_the_world_s_table_is_what_the_record_says():
     found = read_json(GOLDEN / "world" / "table.json")
-    for comparisons in found["settings"].values():
-        assert markdown(rows_of(comparisons, found["against"])) in README
-    assert legend(found["settings"]["poisoned"], found["against"]) in re.sub(r"\s+", " ", README)
+    for setting in found["settings"].values():
+        assert markdown(rows_of(setting, found["against"])) in RESULTS
+    assert legend(found["settings"]["poisoned"], found["against"]) in re.sub(r"\s+", " ", RESULTS)
     for _, rows in other_tables(found):
-        assert markdown(rows) in README
+        assert markdown(rows) in RESULTS
+    of = {setting: {c["method"]: c for c in rows} for setting, rows in found["settings"].items()}
+    cell = lambda c: f"{100 * c['harmful_score']:.1f} [{100 * c['ci_low']:.1f}, {100 * c['ci_high']:.1f}], {fmean(c['task_loss']):.3f}" if c else ""
+    for method in of["poisoned"]:
+        assert f"| `{method}` | {' | '.join(cell(of[setting].get(method)) for setting in of)} |\n" in README.replace("**", "")
 
 
 def test_the_observations_are_what_the_record_says():
     for check in read_json(GOLDEN / "world" / "checks.json"):
         count = sum(check["holds"].values())
         word = {0: "**no**", 3: "yes"}.get(count, f"{count} of 3")
-        assert f"| {check['claim']} | {word} | {' | '.join(check['numbers'].values())} |" in README
+        assert f"| {check['claim']} | {word} | {' | '.join(check['numbers'].values())} |" in STUDY
 
 
 def test_the_study_s_answers_are_what_the_record_says():
     answered = {(r["protocol"], r["set"], r["seed"]): r["value"] for r in read_json(GOLDEN / "world" / "answers.json")}
     for name in ("unsafe", "co_task", "adv_4", "safe"):
         cells = (" ".join(f"{100 * answered[protocol, name, seed]:.0f}" for seed in (0, 1, 2)) for protocol in ("ssft", "benign", "sap", "sft"))
-        assert f"\n| {name} | {' | '.join(cells)} |\n" in README
+        assert f"\n| {name} | {' | '.join(cells)} |\n" in STUDY
 
 
 def test_the_real_pair_is_what_the_record_says():
@@ -80,13 +101,13 @@ def test_the_real_pair_is_what_the_record_says():
                       f"{fmean(column('after', None, metric)):.3f}" for metric in ("sin_theta", "sin_theta_random")),
                   f"‖ΔW a‖, unsafe over safe, last layer; mean over layers | | {last_and_mean(seen, 2)}",
                   f"unsafe prompts answered at α = 0, 0.25, 0.5, 0.75, 1 | | {along('unsafe')}", f"safe ones | | {along('safe')}"):
-        assert f"\n| {cells} |\n" in README, cells
+        assert f"\n| {cells} |\n" in STUDY, cells
 
 
 def test_the_precision_is_what_the_record_says():
     for row in read_json(GOLDEN / "smollm2" / "precision.json"):
         cell = f"{row['cosine']:.3f} ({row['size']:.3f})" if "size" in row else f"{row['mean_cosine']:.3f} ({row['lowest_cosine']:.3f})"
-        line, = [line for line in README.splitlines() if line.startswith(f"| {row['direction'].replace('epsilon', 'ε =')} ")]
+        line, = [line for line in STUDY.splitlines() if line.startswith(f"| {row['direction'].replace('epsilon', 'ε =')} ")]
         assert line.split(" | ")[1 + ["float64", "float32", "bfloat16"].index(row["dtype"])].strip("* |") == cell, line
 
 
