@@ -11,7 +11,6 @@ Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokeni
 import itertools
 import json
 import math
-import re
 import shutil
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, parse_strength
 from minisap.sap import copies, put
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
-                            of_world, run, use_device)
+                            of_world, parse_layers, run, use_device)
 
 
 # Other defaults for models of the synthetic world, which are tiny.
@@ -91,19 +90,6 @@ def parse_args(argv=None):
     if of_world(parser.parse_known_args(argv)[0].model):
         parser.set_defaults(**WORLD)
     return parser.parse_args(argv)
-
-
-def parse_layers(text, n_layers):
-    """'10-19' or '3,9' as a list of layers; the middle third by default."""
-    if text is None:
-        return list(range(n_layers // 3, max(2 * n_layers // 3, n_layers // 3 + 1)))
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise ValueError(f"--layers {text}: expected something like 10-19 or 3,9")
-    parts = [part.split("-") for part in text.split(",")]
-    bounds = [(int(part[0]), int(part[-1])) for part in parts]              # of a single layer both are the same
-    if any(first > last or last >= n_layers for first, last in bounds):
-        raise ValueError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
-    return sorted({j for first, last in bounds for j in range(first, last + 1)})
 
 
 def aligns(args):

@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -92,6 +93,19 @@ def check_outputs(args):
         file = getattr(args, key)
         if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
             raise ValueError(f"--{key} {file}: is a folder, or lies in none that can be written")
+
+
+def parse_layers(text, n_layers):
+    """'10-19' or '3,9' as a list of layers; the middle third by default."""
+    if text is None:
+        return list(range(n_layers // 3, max(2 * n_layers // 3, n_layers // 3 + 1)))
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise ValueError(f"--layers {text}: expected something like 10-19 or 3,9")
+    parts = [part.split("-") for part in text.split(",")]
+    bounds = [(int(part[0]), int(part[-1])) for part in parts]              # of a single layer both are the same
+    if any(first > last or last >= n_layers for first, last in bounds):
+        raise ValueError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
+    return sorted({j for first, last in bounds for j in range(first, last + 1)})
 
 
 def check_minimum(args, least, *keys):
