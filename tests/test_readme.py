@@ -7,6 +7,7 @@ import eval as eval_script
 from departures import rows_of as rows_of_departures
 from minisap.checkpoint import read_json
 from minisap.compare import Series
+from minisap.evaluate import format_value
 from minisap.laboratory import other_tables
 from minisap.stats import wilson
 from minisap.table import comparisons, legend, markdown, rows_of
@@ -33,6 +34,14 @@ def test_the_real_model_s_tables_are_what_the_records_say():
         for row in rows:
             method, harmful, refused, over, _, loss, _, safer, useful, _ = row
             assert f"| {share} | {' | '.join((method, harmful, refused, over, loss, safer, useful))} |\n" in README
+
+
+def test_the_harmless_run_of_the_real_model_is_what_the_record_says():
+    ends = {method: {r["metric"]: r for r in records[1] if r["step"] == 60} for method, records in runs_of([GOLDEN / "smollm2" / "p0-seed1"]).items()}
+    harmful = {method: format_value(end["harmful_score"]).strip() for method, end in ends.items()}
+    losses = ", ".join(f"{ends[method]['task_loss']['value']:.3f}" for method in ("sft", "sap", "mix"))
+    told = f"SFT answers {harmful['sft']} afterwards, SAP {harmful['sap']}, `mix` {harmful['mix']}, at task losses of {losses}."
+    assert told in re.sub(r"\s+", " ", README)
 
 
 def test_the_world_s_curves_are_what_the_records_say(capsys):
