@@ -49,7 +49,7 @@ def parse_args(argv=None):
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
     add("--curves", action="store_true", help="print the records that train.py --eval_every left, averaged over seeds")
-    add("--plot", type=Path, metavar="PNG", help="with --curves: draw harmful score against task loss (needs matplotlib)")
+    add("--plot", type=Path, metavar="PNG", help="with --curves or --table: draw harmful score against task loss, and what else there is (needs matplotlib)")
     return parser.parse_args(argv)
 
 

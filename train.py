@@ -1,6 +1,6 @@
 """Fine-tune a safety-aligned Llama with one or several methods from the same start, on the same batches, and measure each.
 
-    python train.py                                               SFT and SAP in the synthetic world, a minute or two on a CPU
+    python train.py                                               SFT and SAP in the synthetic world, half a minute on a CPU
     python train.py --poison 0 --out_dir runs/format              ... on harmless rows, which have a new output format
     python train.py --model smollm2-135m-q4                       SAP on the built-in rows, in plain English
     python train.py --model X --method sft sap --poison 0.1       two methods, one table
