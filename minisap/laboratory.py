@@ -41,10 +41,10 @@ SETTINGS = {"poisoned": (f"{LEARN} --poison 0.1", METHODS, tuple(STAGES)),
             "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", ()),
             "disguised": (f"{LEARN} --poison 0 --task rows/disguised.jsonl", "sft sap project mix kl penalty steer_project", ())}
 # How far does the answer hang on a setting? One at a time, "poisoned", on the first three seeds.
-SENSITIVITY = ("sap", *(f"sap {flag} {value}" for flag, values in (
-    ("--gate", (0.02, 0.1, 0.2)), ("--safety_weight", (0.02, 0.1)), ("--pairs", (8, 16, 200)), ("--pairs_per_step", (4,)), ("--refresh", (4, 16)),
-    ("--learning_rate", (1e-4, 1e-3)), ("--lora_rank", (8,))) for value in values),
-    *(f"paper --radius {radius}" for radius in (0.02, 0.05, 0.1, 0.2)), *(f"paper --layers {layers}" for layers in ("0", "1", "2", "0-2")))
+SENSITIVITY = ("sap", "sap --gate 0.02", "sap --gate 0.1", "sap --gate 0.2", "sap --safety_weight 0.02", "sap --safety_weight 0.1", "sap --pairs 8", "sap --pairs 16",
+               "sap --pairs 200", "sap --pairs_per_step 4", "sap --refresh 4", "sap --refresh 16", "sap --learning_rate 0.0001", "sap --learning_rate 0.001",
+               "sap --lora_rank 8", "paper --radius 0.02", "paper --radius 0.05", "paper --radius 0.1", "paper --radius 0.2", "paper --layers 0", "paper --layers 1",
+               "paper --layers 2", "paper --layers 0-2")
 SWEEP, SWEPT = {0.0: "harmless", 0.05: "poison0.05", 0.1: "poisoned", 0.2: "poison0.2"}, "sft sap mix kl"
 DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "mix", "kl")},
             **{stage: f"first-{stage}/SEED/{stage.replace('aligned', 'vaccine')}" for stage in STAGES}}
