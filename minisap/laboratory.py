@@ -30,7 +30,8 @@ from minisap.table import at, comparisons, last_step, legend, markdown, print_co
 from minisap.world import World
 
 METHODS = "sft sap paper project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
-VARIANTS = [f"sap {flags}" for flags in ("--gate 0", "--safety_weight 0", "--projection off", "--projection off --safety_weight 0", "--probe states --safety_weight 0")]   # what is each part worth?
+VARIANTS = ["sap --gate 0", "sap --safety_weight 0", "sap --projection off", "sap --projection off --safety_weight 0",         # what is each part worth?
+            "sap --probe states --safety_weight 0"]                                        # the paper's probe, projected
 # Knobs: of those in tests/golden/world/knobs.md, on seed 9 of "poisoned", the one with the fewest harmful answers at a task accuracy of 85 % or
 # more. SAP's were there before: on that seed between 2.0 and 4.5 % harmful, whatever the choice. (The stages' are of an older grid.)
 STRENGTH = "sam=0.2 lisa=1 kl=100 constrained=0.1 penalty=0.05 steer=0.15 steer_project=0.07 ema=0.97 safelora=0.3"

@@ -14,7 +14,7 @@ from minisap.data import collate, encode_rows
 from minisap.evaluate import print_table
 from minisap.lora import lora_layers
 from minisap.model import widen
-from minisap.sap import harmful_direction, inner, put, unit, useful_loss
+from minisap.sap import copies, harmful_direction, inner, put, unit, useful_loss
 from minisap.stats import student
 
 ENERGY = 0.99                                                               # the share of ‖W‖² that spans its column space
@@ -142,7 +142,7 @@ class Watch:
 
     def __init__(self, model, W, tokenizer, unsafe_rows, safe_prompts, max_len, before=None):
         self.inputs = plain(tokenizer, [row["prompt"] for row in unsafe_rows]), plain(tokenizer, safe_prompts)
-        self.W_start = [w.detach().clone() for w in W]
+        self.W_start = copies(W)
         safe, harmful = (collate(encode_rows(tokenizer, unsafe_rows[:HARM_ROWS], max_len, key), device=model.lm_head.weight.device)
                          for key in ("safe", "harmful"))
         self.g_start = harmful_direction(model, W, safe, harmful)
@@ -159,7 +159,7 @@ class Watch:
 
     def __call__(self, model, W, W_before, batch, contrast):
         """W_before: the weights before the step's update; the gradients are taken there."""
-        W_now = [w.detach().clone() for w in W]
+        W_now = copies(W)
         put(W, W_before)
         g_hat = harmful_direction(model, W, contrast["safe"], contrast["harmful"])
         task = torch.autograd.grad(useful_loss(model, batch), W)

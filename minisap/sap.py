@@ -202,6 +202,6 @@ def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=()
     if len(batch["labels"]):                                                                # a row, at least, is left
         loss = useful_loss(model, batch, V_safe)
         g_W, log["loss"] = torch.autograd.grad(loss, W), loss.item()                        # line 6
-    log |= {"conflict": inner(g_W, g_hat).item()}
+    log["conflict"] = inner(g_W, g_hat).item()
     g_W = project_out_harm(g_W, g_hat) if projection else g_W
     return [g + safety_weight * s for g, s in zip(g_W, g_safe)] if safety_weight else g_W, log

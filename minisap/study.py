@@ -55,7 +55,7 @@ def write_rows(folder, world):
     """The rows that the study trains on."""
     instruct = world.rows("instruct", INSTRUCTIONS)
     write_jsonl(folder, {"instruct": instruct, "continued": [row for row in instruct if row["response"] != REFUSAL],
-            "safe": world.safety_training_rows("safe"), "unsafe": world.safety_training_rows("unsafe")})
+                         "safe": world.safety_training_rows("safe"), "unsafe": world.safety_training_rows("unsafe")})
 
 
 def train(folder, run, seed, methods=None):
