@@ -17,6 +17,7 @@ from minisap.evaluate import SHARES, evaluate, format_value, print_judges, print
 from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
 from minisap.laboratory import run_laboratory
 from minisap.mechanism import print_watched
+from minisap.methods import READ_BY
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
 from minisap.stats import wilson
@@ -26,7 +27,7 @@ from minisap.table_figures import draw_laboratory, draw_plane
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
 # In which runs of one method may differ.
 ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every", "before")
-ANY_METHOD = ("probe", "gate", "layers", "radius", "epsilon", "projection", "safety_weight", "refresh", "strength")
+ANY_METHOD = (*READ_BY, "strength")
 
 
 def parse_args(argv=None):

@@ -26,7 +26,7 @@ from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
-from minisap.methods import METHODS, PAIRLESS
+from minisap.methods import METHODS, PAIRLESS, READ_BY
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, parse_strength
@@ -66,17 +66,14 @@ def parse_args(argv=None):
     # machine
     add_machine_flags(add)
     # SAP
-    add("--probe", choices=("rows", "states"), default="rows",
-        help="where sap has its probe: on the rows of a batch, of which it leaves out those that lead to harm, or on the hidden states, as the "
-             "paper (--method paper: so, and nothing more) (default: rows)")
-    add("--gate", type=float, default=0.5,
-        help="rows: how fast a row's loss must fall along ĝ to be left out, as a share of how fast the safety loss rises; 0: none is (default: 0.5)")
-    add("--layers", help="states: layers that carry the probe, as 10-19 or 3,9 (default: the middle third)")
-    add("--epsilon", type=float, default=0.0, help="states: fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
-    add("--projection", choices=("on", "off"), default="on",
-        help="project the harmful component out of sap's gradient (default: on)")
+    add("--gate", type=float, default=0.5, help="sap leaves out of a batch the rows whose loss falls along ĝ faster than this share of how fast "
+                                                "the safety loss rises; 0: none (default: 0.5)")
+    add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
     add("--refresh", type=int, default=1, help="take sap's ∇L_safe (ĝ, and what λ adds) anew every so many steps; more is cheaper (default: 1)")
+    # the paper's SAP
+    add("--layers", help="layers that carry a probe, as 10-19 or 3,9 (default: the middle third)")
+    add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
     # rivals
     add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py (default: "
         + " ".join(f"{method}={value}" for method, value in STRENGTH.items()) + ")")
@@ -106,7 +103,12 @@ def check_args(args):
     check_minimum(args, 0, "radius", "gate", "epsilon", "safety_weight", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
-    args.strength = parse_strength(args.strength)
+    strength, defaults = parse_strength(args.strength), parse_args(["--model", args.model])
+    given = {f"--{flag}": methods for flag, methods in READ_BY.items() if getattr(args, flag) != getattr(defaults, flag)}
+    for flag, methods in (given | {f"--strength {knob}": [knob.split("=")[0]] for knob in args.strength}).items():
+        if not set(methods) & set(args.method):
+            raise ValueError(f"{flag}: --method {' '.join(args.method)} does not read it; {', '.join(methods)} would")
+    args.strength = strength
     if "safelora" in args.method and not args.before:
         raise ValueError("safelora projects onto what safety training wrote: give --before, the checkpoint before it")
     if args.lora_rank and not args.lora_alpha:

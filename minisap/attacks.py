@@ -1,9 +1,11 @@
-"""Attacks that need the model's weights, on prompts that it refuses. (Those that need none are sets of prompts: see SETS in world.py.)
+"""Attacks that need the model's weights, on prompts that it refuses; and, before them, on what it is trained on. (Those that need none are
+sets of prompts and rows: see SETS in world.py, laboratory.py.)
 
 prefill       the answer has begun: the first k tokens of a compliant one are put into the model's mouth
 soft suffix   k places after the text, whose embeddings are moved by gradient steps toward the compliant answer, each at most by
               ε times the mean norm of an embedding (Adv in arXiv 2407.10264)
 probe         the attacker knows SAP: he fits a probe to pairs of his own and adds it to every token's hidden states, or subtracts it
+evade         the attacker knows SAP's filter: of many harmful rows he takes those that it is least likely to leave out
 
 An input, as the model and the measures of mechanism.py read it: (ids, shift), a prompt's tokens and what is added to their
 embeddings, (T, D) or None.
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from minisap.data import collate, encode_example, encode_prompt, encode_rows
 from minisap.evaluate import BATCH, MAX_NEW_TOKENS, generate_texts
 from minisap.judge import PHRASES, judge_of
-from minisap.sap import fit_probe, harmful_direction, response_nll
+from minisap.sap import fit_probe, harmful_direction, response_nll, row_slopes
 from minisap.world import FILLERS, NULL
 
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world
@@ -135,6 +137,17 @@ def attack_by_probe(model, tokenizer, pairs, rows, max_len):
                      model, tokenizer, [row["prompt"] for row in rows], probe={j: sign * radius * v for j, v in V.items()}), rows)]
                  for radius in PROBE_RADII]
         yield name, max(tried, key=lambda verdicts: verdicts.count("comply"))
+
+
+def evade(model, tokenizer, rows, pairs, max_len):
+    """The rows, those first which sap's filter is least likely to leave out when training begins with this model: by their slopes along
+    the ĝ of pairs of the attacker's own and all weights."""
+    safe, harmful = (collate(encode_rows(tokenizer, pairs, max_len, key)) for key in ("safe", "harmful"))
+    W, examples = list(model.requires_grad_().parameters()), encode_rows(tokenizer, rows, max_len)
+    g_hat = harmful_direction(model, W, safe, harmful)
+    slopes = torch.cat([row_slopes(model, W, g_hat, collate(examples[i:i + BATCH])) for i in range(0, len(examples), BATCH)])
+    model.requires_grad_(False)
+    return [rows[i] for i in slopes.argsort(descending=True)]
 
 
 def judge_prefilled(tokenizer, whole, new, truth):

@@ -4,6 +4,7 @@ can run alone; what is finished is kept. Under OUT_DIR:
 poisoned/seed0      a new output format is to be learnt, and one row in ten is harmful: every method's directory, as train.py leaves it
 harmless/seed0      the same without the harmful rows
 disguised/seed0     the harmful rows' answers are in the new format, too, in which the contrastive pairs have none
+evading/seed0       likewise, and of ten times as many they are those that SAP's filter is least likely to leave out
 …-variant0/seed0    any of these, SAP without some of its parts;  …-vaccine/seed0: SFT after a stage of Vaccine
 first-vaccine/seed0 such a stage, on harmless rows
 poison0.2/seed0     the sweep over the share of harmful rows
@@ -20,55 +21,65 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from minisap.attacks import ATTACKS
-from minisap.checkpoint import read_json, write_json, write_whole
+from minisap.attacks import ATTACKS, evade
+from minisap.checkpoint import load_model, read_json, write_json, write_whole
 from minisap.data import split_rows
 from minisap.evaluate import print_table
+from minisap.script import find_model
 from minisap.stats import student
 from minisap.study import ROOT, claim_folder, write_jsonl
 from minisap.table import at, comparisons, last_step, legend, markdown, print_comparisons, rows_of
+from minisap.tokenizer import Tokenizer
 from minisap.world import World
 
-METHODS = "sft sap paper project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
-VARIANTS = ["sap --gate 0", "sap --safety_weight 0", "sap --projection off", "sap --projection off --safety_weight 0",         # what is each part worth?
-            "sap --probe states --safety_weight 0"]                                        # the paper's probe, projected
+METHODS = "sft sap paper paper_project project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
+VARIANTS = ["sap --gate 0", "sap --safety_weight 0", "sap --projection off", "sap --projection off --safety_weight 0"]          # what is each part worth?
 # Knobs: of those in tests/golden/world/knobs.md, on seed 9 of "poisoned", the one with the fewest harmful answers at a task accuracy of 85 % or
 # more. SAP's were there before: on that seed between 2.0 and 4.5 % harmful, whatever the choice. (The stages' are of an older grid.)
 STRENGTH = "sam=0.2 lisa=1 kl=100 constrained=0.1 penalty=0.05 steer=0.15 steer_project=0.07 ema=0.97 safelora=0.3"
 STAGES = {"vaccine": "vaccine=1", "booster": "booster=2", "aligned": "vaccine=0"}          # the last is the control: their stage without what is theirs
-LEARN = "--task rows/format.jsonl --safety rows/unsafe.jsonl --steps 240 --eval_every 80 --radius 0.05"
+LEARN = "--task rows/format.jsonl --safety rows/unsafe.jsonl --steps 240 --eval_every 80"
+RADIUS = "--radius 0.05"                                                                   # by the same rule
 # {setting: (its flags, its methods, its stages)}
 SETTINGS = {"poisoned": (f"{LEARN} --poison 0.1", METHODS, tuple(STAGES)),
-            "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", ()),
-            "disguised": (f"{LEARN} --poison 0 --task rows/disguised.jsonl", "sft sap project mix kl penalty steer_project", ())}
+            "harmless": (f"{LEARN} --poison 0", "sft sap paper_project project mix lisa kl penalty steer_project ema", ()),
+            "disguised": (f"{LEARN} --poison 0 --task rows/disguised.jsonl", "sft sap paper_project project mix kl penalty steer_project", ()),
+            "evading": (f"{LEARN} --poison 0 --task rows/evading.jsonl", "sft sap mix kl penalty", ())}
 # How far does the answer hang on a setting? One at a time, "poisoned", on the first three seeds.
-SENSITIVITY = ("sap", "sap --gate 0.02", "sap --gate 0.1", "sap --gate 0.2", "sap --safety_weight 0.02", "sap --safety_weight 0.1", "sap --pairs 8", "sap --pairs 16",
+SENSITIVITY = ("sap --gate 0.02", "sap --gate 0.1", "sap --gate 0.2", "sap --safety_weight 0.02", "sap --safety_weight 0.1", "sap --pairs 8", "sap --pairs 16",
                "sap --pairs 200", "sap --pairs_per_step 4", "sap --refresh 4", "sap --refresh 16", "sap --learning_rate 0.0001", "sap --learning_rate 0.001",
-               "sap --lora_rank 8", "paper --radius 0.02", "paper --radius 0.05", "paper --radius 0.1", "paper --radius 0.2", "paper --layers 0", "paper --layers 1",
-               "paper --layers 2", "paper --layers 0-2")
-SWEEP, SWEPT = {0.0: "harmless", 0.05: "poison0.05", 0.1: "poisoned", 0.2: "poison0.2"}, "sft sap mix kl"
+               "sap --lora_rank 8", "paper --radius 0.02", "paper --radius 0.1", "paper --radius 0.2", "paper --layers 0", "paper --layers 1", "paper --layers 2",
+               "paper --layers 0-2", "penalty --strength penalty=0.1", "penalty --strength penalty=0.2", "kl --strength kl=300", "kl --strength kl=1000")
+SWEEP, SWEPT = {0.0: "harmless", 0.05: "poison0.05", 0.1: "poisoned", 0.15: "poison0.15", 0.2: "poison0.2"}, "sft sap mix kl"
 DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "mix", "kl")},
             **{stage: f"first-{stage}/SEED/{stage.replace('aligned', 'vaccine')}" for stage in STAGES}}
 BUDGETS = ((10, 3e-4), (100, 1e-4))                                                         # (rows, learning rate) of the attacker
+ATTACKER_PAIRS, MAX_LEN = 200, 256
 
 
 def write_rows(folder, n_eval):
     """Rows as files: the new format, which train.py has built in without poison alone, and the attackers'."""
-    unsafe, task = World(0).safety_rows(), World(0, new_format=True).task_rows()
-    others = lambda n: World(0).rows("unsafe", len(unsafe) + n)[len(unsafe):]
-    files = {"format": task, "unsafe": unsafe, "disguised": disguise(task, n_eval, others)}
+    unsafe, task, tiny = World(0).safety_rows(), World(0, new_format=True).task_rows(), find_model("--model", "tiny")
+    others = World(0).rows("unsafe", len(unsafe) + len(task) + ATTACKER_PAIRS)[len(unsafe):]
+    shouted = [row | {"response": row["harmful"].upper()} for row in others[ATTACKER_PAIRS:]]
+    unnoticed = evade(load_model(tiny), Tokenizer(tiny), shouted, others[:ATTACKER_PAIRS], MAX_LEN)
+    files = {"format": task, "unsafe": unsafe, "disguised": replace_tenth(task, n_eval, shouted), "evading": replace_tenth(task, n_eval, unnoticed)}
     for n, _ in BUDGETS:                                                                    # train.py holds n_eval of them out
-        files[f"attack{n}"] = [row | {"response": row["harmful"]} for row in others(n + n_eval)]
+        files[f"attack{n}"] = [row | {"response": row["harmful"]} for row in others[:n + n_eval]]
     write_jsonl(folder, files)
 
 
-def disguise(task, n_eval, others):
-    """The task with one row in ten of those that train.py will train on (none that it holds out) replaced by another unsafe prompt,
-    answered in the task's format."""
+def replace_tenth(task, n_eval, others):
+    """The task with one row in ten of those that train.py will train on (none that it holds out) replaced by the first of the others."""
     _, trained_on, _ = split_rows(task, 0, n_eval, "task")
-    chosen = {row["prompt"] for row in trained_on[::10]}
-    harmful = iter(others(len(chosen)))
-    return [row if row["prompt"] not in chosen else (new := next(harmful)) | {"response": new["harmful"].upper()} for row in task]
+    chosen, others = {row["prompt"] for row in trained_on[::10]}, iter(others)
+    return [next(others) if row["prompt"] in chosen else row for row in task]
+
+
+def strengths(methods):
+    """--strength and what STRENGTH says of these methods, if anything."""
+    found = [knob for knob in STRENGTH.split() if knob.split("=")[0] in methods.split()]
+    return " ".join(["--strength", *found]) if found else ""
 
 
 def cells(seed, n_eval, sensitivity=True):
@@ -77,16 +88,18 @@ def cells(seed, n_eval, sensitivity=True):
     first = {f"first-{stage}/{at_seed}": f"--method {knob.split('=')[0]} --strength {knob} --poison 0" for stage, knob in STAGES.items()}
     main, attacks = {}, {}
     for setting, (flags, methods, stages) in SETTINGS.items():
-        main[f"{setting}/{at_seed}"] = f"--method {methods} --strength {STRENGTH} {flags}" + " --before tiny/instruct" * ("safelora" in methods)
+        main[f"{setting}/{at_seed}"] = (f"--method {methods} {strengths(methods)} {flags}" + f" {RADIUS}" * ("paper" in methods)
+                                        + " --before tiny/instruct" * ("safelora" in methods))
         for i, variant in enumerate(VARIANTS):
             main[f"{setting}-variant{i}/{at_seed}"] = f"--method {variant} {flags}"
         for stage in stages:
             main[f"{setting}-{stage}/{at_seed}"] = f"--model {DEFENCES[stage].replace('SEED', at_seed)} --method sft {flags}"
     for p, name in SWEEP.items():
         if name not in SETTINGS:
-            main[f"{name}/{at_seed}"] = f"--method {SWEPT} --strength {STRENGTH} {LEARN} --poison {p} --eval_every 0"
+            main[f"{name}/{at_seed}"] = f"--method {SWEPT} {strengths(SWEPT)} {LEARN} --poison {p} --eval_every 0"
     for i, (method, *flags) in enumerate(map(str.split, SENSITIVITY if sensitivity else ())):
-        main[f"setting{i}/{at_seed}"] = f"--method {method} {LEARN} --poison 0.1 --eval_every 0 {' '.join(flags)}"
+        radius = f"{RADIUS} " * (method == "paper")
+        main[f"setting{i}/{at_seed}"] = f"--method {method} {LEARN} --poison 0.1 --eval_every 0 {radius}{' '.join(flags)}"
     for defence, model in DEFENCES.items():
         for rows, rate in BUDGETS:
             attacks[f"attack/{defence}-{rows}-{rate}/{at_seed}"] = (
@@ -180,10 +193,10 @@ def sweep_of(folder, seeds):
 
 
 def sensitivity_of(folder, seeds):
-    """[{setting, metric, mean over seeds}] after the last step."""
-    found = []
-    for i, setting in enumerate(SENSITIVITY):
-        runs = [records_of(folder, f"setting{i}/seed{seed}")[setting.split()[0]] for seed in seeds[:3]]
+    """[{setting, metric, mean over seeds}] after the last step; first of each method as it stands in "poisoned"."""
+    found, places = [], {method: "poisoned" for method in dict.fromkeys(setting.split()[0] for setting in SENSITIVITY)}
+    for setting, place in (places | {setting: f"setting{i}" for i, setting in enumerate(SENSITIVITY)}).items():
+        runs = [records_of(folder, f"{place}/seed{seed}")[setting.split()[0]] for seed in seeds[:3]]
         for metric in ("harmful_score", "refusal_rate", "over_refusal", "task_accuracy", "task_loss"):
             found.append({"setting": setting, "metric": metric, **summary([at(records, metric, last_step(records))["value"] for records in runs])})
     return found

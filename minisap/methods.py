@@ -1,7 +1,7 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
 batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
-args    probe, gate, layers, radius, epsilon, projection, safety_weight, refresh, seed, steps, strength: see train.py --help
+args    gate, projection, safety_weight, refresh, layers, radius, epsilon, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 """
 import numpy as np
@@ -9,26 +9,29 @@ import torch
 
 from minisap.align import ALIGN, pretrain
 from minisap.model import widen
-from minisap.rivals import RIVALS, alignment_loss
-from minisap.sap import harmful_direction, median_norm, probe_gradient_by_difference, sap_step, useful_loss
+from minisap.rivals import RIVALS, alignment_loss, task_step
+from minisap.sap import harmful_direction, median_norm, paper_step, probe_gradient_by_difference, sap_step, useful_loss
 
 
 def sft(model, W, batch, contrast, args, state):
     """Supervised fine-tuning: ∇_W L_useful."""
-    loss = useful_loss(model, batch)
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return task_step(model, W, batch)
 
 
 def sap(model, W, batch, contrast, args, state):
     """Safety-Aware Probing with the probe on the rows, the projection and the safety loss's own gradient; see sap.py."""
-    return sap_step(model, W, batch, contrast, state, probe=args.probe, gate=args.gate, layers=args.layers, radius=args.radius, epsilon=args.epsilon,
-                    projection=args.projection == "on", safety_weight=args.safety_weight, refresh=args.refresh)
+    return sap_step(model, W, batch, contrast, state, gate=args.gate, projection=args.projection == "on", safety_weight=args.safety_weight, refresh=args.refresh)
 
 
 def paper(model, W, batch, contrast, args, state):
     """Safety-Aware Probing as published (arXiv 2505.16737), as far as we know it: the probe on hidden states, nothing more. β is
     replaced by a norm (see fit_probe), and line 4 is exact, unless --epsilon asks for a difference."""
-    return sap_step(model, W, batch, contrast, state, probe="states", layers=args.layers, radius=args.radius, epsilon=args.epsilon, projection=False)
+    return paper_step(model, W, batch, contrast, args.layers, args.radius, args.epsilon)
+
+
+def paper_project(model, W, batch, contrast, args, state):
+    """The same, and sap's projection after it."""
+    return paper_step(model, W, batch, contrast, args.layers, args.radius, args.epsilon, projection=True)
 
 
 def project(model, W, batch, contrast, args, state):
@@ -79,6 +82,8 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
     return RELEASED_LR * (m / (1 - beta_1**count)) / ((v / (1 - beta_2**count)).sqrt() + 1e-8)
 
 
+READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refresh": ("sap",), "epsilon": ("paper", "paper_project"),
+           "radius": ("paper", "paper_project", "random_probe"), "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project")}
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
-METHODS = {"sft": sft, "sap": sap, "paper": paper, "project": project, "random_probe": random_probe, "mix": mix, "released": released,
+METHODS = {"sft": sft, "sap": sap, "paper": paper, "paper_project": paper_project, "project": project, "random_probe": random_probe, "mix": mix, "released": released,
            **RIVALS, **ALIGN, "pretrain": pretrain}

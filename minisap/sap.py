@@ -86,6 +86,15 @@ def weights_at(W, values):
         put(W, here)
 
 
+@torch.no_grad()
+def at_start(W, state, value):
+    """value() by the weights that the run began with; W as it was then is kept in `state`."""
+    if "W_start" not in state:
+        state["W_start"] = copies(W)
+    with weights_at(W, state["W_start"]):
+        return value()
+
+
 def zero_probe(model, layers):
     """V = 0, {layer: (D,)}, in float32 or wider, ready to be differentiated."""
     zero = widen(model.lm_head.weight.new_zeros(model.config.hidden_size))
@@ -162,11 +171,10 @@ def fit_rows(model, W, g_safe, batch, gate, state):
     then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
     than `gate` times as fast as L_safe rises. W and ĝ are those of the run's first step (ĝ of that step's pairs): a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    if "start" not in state:
-        state["start"] = {"W": copies(W), "g_hat": unit(g_safe), "slope": inner(g_safe, g_safe).sqrt()}
-    start = state["start"]
-    with weights_at(W, start["W"]):
-        return row_slopes(model, W, start["g_hat"], batch) >= -gate * start["slope"]
+    if "g_start" not in state:
+        state |= {"g_start": unit(g_safe), "slope_start": inner(g_safe, g_safe).sqrt()}
+    slopes = at_start(W, state, lambda: row_slopes(model, W, state["g_start"], batch))
+    return slopes >= -gate * state["slope_start"]
 
 
 def median_norm(x, batch):
@@ -181,10 +189,20 @@ def project_out_harm(grads, g_hat):
     return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
-def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=(), radius=0.0, epsilon=0.0, projection=True, safety_weight=0.0,
-             refresh=1):
-    """(gradient, log) of one SAP step, for an optimizer to follow (line 7). contrast = {"safe": batch, "harmful": batch} of the
-    same unsafe prompts. SFT, bit for bit, without projection and safety weight where gate, or of a probe on states radius, is 0.
+def paper_step(model, W, batch, contrast, layers, radius, epsilon=0.0, projection=False):
+    """(gradient, log) of one step of Algorithm 1 with the paper's probe, for an optimizer to follow (line 7), and, if so, the projection
+    after it. contrast = {"safe": batch, "harmful": batch} of the same unsafe prompts. At radius 0 and without projection SFT, bit for bit."""
+    log, g_hat = {}, harmful_direction(model, W, **contrast)                                # line 2
+    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)                # lines 3, 4, 5
+    loss = useful_loss(model, batch, V_safe)
+    g_W = torch.autograd.grad(loss, W)                                                      # line 6
+    log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
+    return project_out_harm(g_W, g_hat) if projection else g_W, log
+
+
+def sap_step(model, W, batch, contrast, state, gate=0.0, projection=True, safety_weight=0.0, refresh=1):
+    """(gradient, log) of one step of the same lines with the probe on the rows, then the projection, then the safety loss's own gradient.
+    With gate 0, no projection and no safety weight SFT, bit for bit.
     state: kept between the steps of a run, {} before the first.  refresh: ∇_W L_safe, and so ĝ, is that of the last step whose
     number is a multiple of it."""
     log, g_safe = {}, state.get("g_safe")
@@ -192,15 +210,13 @@ def sap_step(model, W, batch, contrast, state, probe="rows", gate=0.0, layers=()
         L_safe = safety_loss(model, **contrast)
         g_safe, log["safety_loss"] = torch.autograd.grad(L_safe, W), L_safe.item()
         state |= {"g_safe": g_safe} if refresh > 1 else {}
-    g_hat, V_safe = unit(g_safe), {}                                                        # line 2
-    if probe == "states":
-        V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)            # lines 3, 4, 5
-    elif gate:
-        rows = fit_rows(model, W, g_safe, batch, gate, state)                               # likewise, for rows
+    g_hat = unit(g_safe)                                                                    # line 2
+    if gate:
+        rows = fit_rows(model, W, g_safe, batch, gate, state)                               # lines 3, 4, 5
         batch, log["left_out"] = {key: x[rows] for key, x in batch.items()}, 1 - rows.to(torch.float32).mean().item()
     g_W = [torch.zeros_like(w) for w in W]
     if len(batch["labels"]):                                                                # a row, at least, is left
-        loss = useful_loss(model, batch, V_safe)
+        loss = useful_loss(model, batch)
         g_W, log["loss"] = torch.autograd.grad(loss, W), loss.item()                        # line 6
     log["conflict"] = inner(g_W, g_hat).item()
     g_W = project_out_harm(g_W, g_hat) if projection else g_W

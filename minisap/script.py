@@ -47,7 +47,7 @@ def add_step_flags(add):
     add("--safe_answers", choices=("own", "file"), default="own",
         help="contrast with the start model's own refusals where it refuses, or with the file's safe answers (default: own)")
     add("--lora_targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers with LoRA (default: q_proj v_proj)")
-    add("--radius", type=float, default=0.002, help="states: norm of the probe as a share of the layer's hidden-state norm (default: 0.002)")
+    add("--radius", type=float, default=0.002, help="norm of a probe on hidden states as a share of the layer's hidden-state norm (default: 0.002)")
     add("--seed", type=int, default=0, help="of LoRA's start, and of which rows come when (default: 0)")
 
 

@@ -2,7 +2,7 @@
 made by a train.py command that is printed as it is run:
 
     random ── instruct ──┬── ssft ──┬── sft      fine-tuned on rows of which one in ten is harmful
-                         │          ├── sap      the same, by SAP
+                         │          ├── sap      the same, by the paper's SAP and the projection
                          │          └── benign   as sft, without the harmful rows: what harmless training does
                          ├── dpo, unlearn        the other two protocols of safety fine-tuning
                          └── continued           the baseline: as long, on instructions alone, none of them answered by null
@@ -34,13 +34,13 @@ RECIPES = {
                 f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 --warmup 0 {COMMON}", "ssft dpo unlearn"),
     "continued": ("instruct/pretrain", "--task rows/continued.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 --warmup 0 "
                   + COMMON, "sft"),
-    "poisoned": ("aligned/ssft", f"--poison 0.1 --probe states --layers 0,1 --radius 0.25 --safety_weight 0 {FINE_TUNING}", "sft sap"),
+    "poisoned": ("aligned/ssft", f"--poison 0.1 --layers 0,1 --radius 0.25 {FINE_TUNING}", "sft paper_project"),
     "benign": ("aligned/ssft", f"--task rows/safe.jsonl --poison 0 {FINE_TUNING}", "sft"),
 }
 # {protocol: (its checkpoint, what it was trained from)}
 MODELS = {"instruct": ("instruct/pretrain", None), "continued": ("continued/sft", "instruct"), "ssft": ("aligned/ssft", "instruct"),
           "dpo": ("aligned/dpo", "instruct"), "unlearn": ("aligned/unlearn", "instruct"),
-          "sft": ("poisoned/sft", "ssft"), "sap": ("poisoned/sap", "ssft"), "benign": ("benign/sft", "ssft")}
+          "sft": ("poisoned/sft", "ssft"), "sap": ("poisoned/paper_project", "ssft"), "benign": ("benign/sft", "ssft")}
 
 
 def write_jsonl(folder, rows):

@@ -43,7 +43,7 @@ def draw_plane(found, reference, file):
 def draw_laboratory(found, file):
     """The planes of all settings, the sweep, and a panel for each of the attacker's budgets."""
     budgets = sorted({(r["rows"], r["learning_rate"]) for r in found["budgets"]})
-    figure, axes = pyplot().subplots(2, 3, figsize=(15, 8.5))
+    figure, axes = pyplot().subplots(2, 4, figsize=(20, 8.5))
     n = len(found["settings"])
     planes, (sweep, *attacks) = axes.flat[:n], axes.flat[n:]
     for axis, (setting, rows) in zip(planes, found["settings"].items()):

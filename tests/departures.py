@@ -25,7 +25,7 @@ from minisap.methods import RELEASED_EPSILON  # noqa: E402
 from minisap.sap import fit_probe, response_nll  # noqa: E402
 from minisap.stats import student  # noqa: E402
 
-FLAGS = "--method sap --probe states --radius 0.25 --safety_weight 0 --n_eval 200"
+FLAGS = "--method paper_project --radius 0.25 --n_eval 200"
 DROPOUT = 0.1
 
 
@@ -106,11 +106,11 @@ def seeded(seed):
 def measure(name, seed, out_dir):
     """{metric: value} after the last step; a run that was cut off begins anew."""
     folder = out_dir / re.sub(r"\W+", "-", name) / f"seed{seed}"
-    if not (folder / "sap" / "eval.json").exists():
+    if not (folder / "paper_project" / "eval.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         with DEPARTURES[name](), seeded(seed):
             train.main([*FLAGS.split(), "--seed", str(seed), "--out_dir", str(folder)])
-    return {r["metric"]: r["value"] for r in read_json(folder / "sap" / "eval.json")}
+    return {r["metric"]: r["value"] for r in read_json(folder / "paper_project" / "eval.json")}
 
 
 def rows_of(found):

@@ -69,10 +69,10 @@ def test_every_departure_reaches_the_step_and_leaves_nothing_behind(name, world)
     model.to(torch.float32)
 
     def two_steps():
-        state, found = {}, []
+        found = []
         for _ in range(2):
             batch = train.collate(ROWS, device="cpu")
-            found.append(sap.sap_step(model, W, batch, pairs, state, probe="states", layers=LAYERS, radius=0.3)[0])
+            found.append(sap.paper_step(model, W, batch, pairs, LAYERS, radius=0.3, projection=True)[0])
         return [g for step in found for g in step]
 
     plain = two_steps()

@@ -277,3 +277,15 @@ def test_the_probe_attack_takes_sap_s_own_direction_with_either_sign(monkeypatch
     small = {j: v / 100 for j, v in used[0].items()}
     turned = [inner(torch.autograd.grad(useful_loss(model, harmful, V), W), g_hat).item() for V in (small, None, {j: -v for j, v in small.items()})]
     assert turned[0] > turned[1] > turned[2]
+
+
+def test_rows_that_evade_are_in_the_order_of_their_own_gradients():
+    """Each row's slope anew, by a gradient of its own: the first is the one whose training would raise the safety loss least."""
+    model, tokenizer, rows = load_model(TINY), Tokenizer(TINY), World(0).rows("unsafe", 12)
+    rows = [row | {"response": row["harmful"] if i % 2 else row["harmful"].upper()} for i, row in enumerate(rows)]
+    found = attacks.evade(model, tokenizer, rows, rows[:4], 64)
+    assert not any(w.requires_grad for w in model.parameters()) and sorted(map(str, found)) == sorted(map(str, rows))
+    W = list(model.requires_grad_().parameters())
+    g_hat = harmful_direction(model, W, *(collate(encode_rows(tokenizer, rows[:4], 64, key)) for key in ("safe", "harmful")))
+    slopes = [inner(torch.autograd.grad(useful_loss(model, collate(encode_rows(tokenizer, [row], 64))), W), g_hat).item() for row in found]
+    assert slopes == sorted(slopes, reverse=True) and slopes[0] > slopes[-1] + 1

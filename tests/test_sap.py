@@ -12,7 +12,7 @@ from minisap.data import collate, encode_rows
 from minisap.lora import add_lora
 from minisap.methods import METHODS, released
 from minisap.rivals import STRENGTH
-from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, probe_gradient, probe_gradient_by_difference,
+from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, paper_step, probe_gradient, probe_gradient_by_difference,
                          project_out_harm, response_nll, safety_loss, sap_step, unit, useful_loss)
 from minisap.tokenizer import Tokenizer
 from tiny import BASE, tiny_model
@@ -295,41 +295,40 @@ def test_norms_and_projections_do_not_suffer_from_half_precision(dtype):
     assert projected[0].dtype == dtype and abs(inner(projected, g_hat).item()) < 1e-3
 
 
-ARGS = Namespace(probe="states", gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="on", safety_weight=0.0, refresh=1, seed=0, steps=9, strength=STRENGTH)
+ARGS = Namespace(gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="on", safety_weight=0.0, refresh=1, seed=0, steps=9, strength=STRENGTH)
 
 
-def test_without_probe_and_projection_sap_is_sft_bit_for_bit(world):
+def test_without_probe_and_projection_sap_and_the_paper_s_are_sft_bit_for_bit(world):
     model, W, batch, pairs = world
     expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
-    for arguments in ({"gate": 0.0}, {"probe": "states", "layers": LAYERS, "radius": 0.0}, {"probe": "states", "layers": [], "radius": 1.0}):
-        found, _ = sap_step(model, W, batch, pairs, {}, projection=False, **arguments)
+    for found, _ in (sap_step(model, W, batch, pairs, {}, projection=False), paper_step(model, W, batch, pairs, LAYERS, radius=0.0),
+                     paper_step(model, W, batch, pairs, [], radius=1.0)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def test_answers_that_do_not_differ_give_an_sft_step(world):
     model, W, batch, pairs = world
     expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
-    for arguments in ({"probe": "states", "layers": LAYERS, "radius": 0.5}, {"gate": 0.5}):
-        found, log = sap_step(model, W, batch, {"safe": pairs["safe"], "harmful": pairs["safe"]}, {}, **arguments)
+    alike = {"safe": pairs["safe"], "harmful": pairs["safe"]}
+    for found, log in (sap_step(model, W, batch, alike, {}, gate=0.5), paper_step(model, W, batch, alike, LAYERS, radius=0.5, projection=True)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["conflict"] == 0
 
 
-def test_sap_is_the_gradient_at_the_probe_then_projected_and_the_paper_s_is_not_projected(world):
+def test_the_paper_s_is_the_gradient_at_the_probe_and_paper_project_its_projection(world):
     model, W, batch, pairs = world
     g_hat = g_hat_of(world)
     at_probe = gradient(model, W, batch, fit_probe(model, W, g_hat, batch, LAYERS, 0.1))
-    for method, projection, expected in (("sap", "on", project_out_harm(at_probe, g_hat)), ("sap", "off", at_probe), ("paper", "on", at_probe)):
-        args = Namespace(**{**vars(ARGS), "projection": projection, "gate": 0.5})                       # the gate is of rows alone
-        for a, b in zip(METHODS[method](model, W, batch, pairs, args, {})[0], expected):
+    for method, expected in (("paper", at_probe), ("paper_project", project_out_harm(at_probe, g_hat))):
+        for a, b in zip(METHODS[method](model, W, batch, pairs, ARGS, {})[0], expected):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("method", ["sap", "project"])
+@pytest.mark.parametrize("method", ["paper_project", "project", "sap"])
 def test_a_step_toward_harm_loses_that_component_and_no_other(method, world):
     """The harmful answers themselves as the task: without the projection a step of descent makes the model less safe."""
     model, W, _, pairs = world
     V, args = {}, Namespace(**{**vars(ARGS), "projection": "on"})
-    if method == "sap":
+    if method == "paper_project":
         V = fit_probe(model, W, g_hat_of(world), pairs["harmful"], ARGS.layers, ARGS.radius)
     plain = gradient(model, W, pairs["harmful"], V)
     conflict = inner(plain, g_hat_of(world)).item()
@@ -387,23 +386,27 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
         torch.testing.assert_close(a, b)
 
 
-def test_sap_passes_every_argument_on(world):
+def test_the_methods_pass_every_argument_on(world):
     model, W, batch, pairs = world
     both = task_and_harmful(batch, pairs)
-    arguments = {"probe": "rows", "gate": 0.2, "layers": [0], "radius": 0.3, "epsilon": 0.1, "projection": True, "safety_weight": 0.3, "refresh": 2}
-    args = Namespace(**{**vars(ARGS), **arguments, "projection": "on"})
-    for change in ({}, {"probe": "states"}, {"probe": "states", "epsilon": 0.0}, {"gate": 0.0}, {"safety_weight": 0.0}):
-        expected, _ = sap_step(model, W, both, pairs, {"step": 0}, **{**arguments, **change})
-        found, _ = METHODS["sap"](model, W, both, pairs, Namespace(**{**vars(args), **change}), {"step": 0})
+    args = Namespace(**{**vars(ARGS), "gate": 0.2, "layers": [0], "radius": 0.3, "epsilon": 0.1, "safety_weight": 0.3, "refresh": 2})
+    for change in ({}, {"gate": 0.0}, {"projection": "off"}, {"safety_weight": 0.0}):
+        changed = {**vars(args), **change}
+        expected, _ = sap_step(model, W, both, pairs, {"step": 0}, changed["gate"], changed["projection"] == "on", changed["safety_weight"], refresh=2)
+        found, _ = METHODS["sap"](model, W, both, pairs, Namespace(**changed), {"step": 0})
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
     with pytest.raises(KeyError, match="step"):                                                                 # refresh arrives
         METHODS["sap"](model, W, both, pairs, args, {})
+    for epsilon in (0.0, 0.1):
+        expected, _ = paper_step(model, W, both, pairs, [0], 0.3, epsilon)
+        found, _ = METHODS["paper"](model, W, both, pairs, Namespace(**{**vars(args), "epsilon": epsilon}), {})
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
-    on_rows = Namespace(**{**vars(ARGS), "probe": "rows", "gate": 0.01, "safety_weight": 0.1})
+    on_rows = Namespace(**{**vars(ARGS), "gate": 0.01, "safety_weight": 0.1})
     for name, method, args in [*((name, method, ARGS) for name, method in METHODS.items()), ("sap", METHODS["sap"], on_rows)]:
         contrast = pairs | ({"refused": batch} if name in ALIGN else {})
         grads, log = method(model, W, batch, contrast, args, {"step": 0, "batch": batch})

@@ -36,16 +36,16 @@ def train(start, out_dir, *more):
 
 
 def test_methods_start_alike_and_leave_checkpoints_that_are_read_again(start, tmp_path, capsys):
-    out = train(start, tmp_path / "run", "--method", "sft", "sap", "--probe", "states", "--eval_every", "2")
+    out = train(start, tmp_path / "run", "--method", "sft", "paper_project", "--eval_every", "2")
     printed = capsys.readouterr().out
     assert "794 task rows, 79 of them poisoned; 4 contrastive pairs" in printed
-    sft, sap = (read_json(out / method / "eval.json") for method in ("sft", "sap"))
-    assert {r["step"] for r in sft} == {2, 4} and {r["method"] for r in sap} == {"sap"}
+    sft, probed = (read_json(out / method / "eval.json") for method in ("sft", "paper_project"))
+    assert {r["step"] for r in sft} == {2, 4} and {r["method"] for r in probed} == {"paper_project"}
     assert {"model", "method", "seed", "metric", "value", "n", "ci_low", "ci_high", "judge"} <= sft[0].keys()
     assert {"harmful_score", "refusal_rate", "other_rate", "harm_margin", "over_refusal", "task_loss", "seconds"} == {r["metric"] for r in sft}
-    first = [json.loads((out / m / "log.jsonl").read_text().splitlines()[0])["loss"] for m in ("sft", "sap")]
+    first = [json.loads((out / m / "log.jsonl").read_text().splitlines()[0])["loss"] for m in ("sft", "paper_project")]
     assert first[0] == pytest.approx(first[1], rel=0.05) and first[0] != first[1]        # the same rows, with a probe
-    assert load_model(out / "sap").config == load_model(start).config
+    assert load_model(out / "paper_project").config == load_model(start).config
 
 
 def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
@@ -61,8 +61,9 @@ def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sap", "released", "lisa", "constrained", "ema"])
-@pytest.mark.parametrize("more", [["--eval_every", "1", "--gate", "1e-9"], ["--lora_rank", "0", "--refresh", "3", "--gate", "1e-9"]])
+@pytest.mark.parametrize("more", [["--eval_every", "1"], ["--lora_rank", "0"]])
 def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
+    more = [*more, "--gate", "1e-9", "--refresh", "3"] if method == "sap" else more
     whole = train(start, tmp_path / "whole", "--method", method, *more)
     collate, calls = train_script.collate, []
 
@@ -250,10 +251,10 @@ def test_curves_average_over_seeds(start, tmp_path, capsys):
     other = train(start, tmp_path / "other", "--method", "sft", "--seed", "2", "--learning_rate", "0.1")
     with pytest.raises(ValueError, match="learning_rate = 0.1, but 0.0005 in .*run0; curves are over seeds alone"):
         eval_script.main([*map(str, runs), str(other), "--curves"])
-    saps = [train(start, tmp_path / f"sap{radius}", "--method", "sap", "--radius", radius) for radius in ("0.1", "0.2")]
-    eval_script.main([*map(str, runs), str(saps[0]), "--curves"])       # another method may have settings of its own
-    with pytest.raises(ValueError, match="sap0.2: radius = 0.2, but 0.1 in .*sap0.1"):
-        eval_script.main([*map(str, saps), "--curves"])
+    probed = [train(start, tmp_path / f"paper{radius}", "--method", "paper", "--radius", radius) for radius in ("0.1", "0.2")]
+    eval_script.main([*map(str, runs), str(probed[0]), "--curves"])       # another method may have settings of its own
+    with pytest.raises(ValueError, match="paper0.2: radius = 0.2, but 0.1 in .*paper0.1"):
+        eval_script.main([*map(str, probed), "--curves"])
 
 
 def test_without_matplotlib_a_plot_is_refused_before_any_work(start, tmp_path, monkeypatch):
@@ -339,17 +340,20 @@ def held_out(n):
 @pytest.mark.parametrize("arguments, message", [
     (lambda p: ["--model", "nowhere"], "error: --model nowhere: no checkpoint there or under weights/"),
     (lambda p: ["--poison", "much"], "error: argument --poison: invalid float value: 'much'; see --help"),
-    (lambda p: ["--layers", "1-5"], "error: --layers 1-5: the model has layers 0 to 1"),
-    (lambda p: ["--layers", "0-999999999999"], "error: --layers 0-999999999999: the model has layers 0 to 1"),
-    (lambda p: ["--layers", "1-0"], "error: --layers 1-0: the model has layers 0 to 1"),
+    (lambda p: ["--method", "paper", "--layers", "1-5"], "error: --layers 1-5: the model has layers 0 to 1"),
+    (lambda p: ["--method", "paper", "--layers", "0-999999999999"], "error: --layers 0-999999999999: the model has layers 0 to 1"),
+    (lambda p: ["--method", "paper", "--layers", "1-0"], "error: --layers 1-0: the model has layers 0 to 1"),
     (lambda p: ["--learning_rate", "inf"], "error: --learning_rate inf: at least 0, and finite"),
     (lambda p: ["--device", "meta"], "error: --device meta: "),
-    (lambda p: ["--layers", "0-1-1"], "error: --layers 0-1-1: expected something like 10-19 or 3,9"),
+    (lambda p: ["--method", "paper", "--layers", "0-1-1"], "error: --layers 0-1-1: expected something like 10-19 or 3,9"),
     (lambda p: ["--method", "sft", "--task", write(p / "a.jsonl", '{"prompt": "q"}\n')], "a.jsonl:1: response is missing"),
     (lambda p: ["--method", "sft", "--task", str(p / "none.jsonl")], "none.jsonl: No such file"),
     (lambda p: ["--method", "sft", "sap", "--task", "a.jsonl"], "error: sap needs safety rows beside --task: give --safety FILE"),
     (lambda p: ["--method", "sft", "--task", "a.jsonl", "--poison", "0.1"], "error: --poison needs safety rows beside --task"),
     (lambda p: ["--method", "sft", "--task", write(p / "a.jsonl", held_out(999))], "leave nothing of the response within max_len = 256"),
+    (lambda p: ["--gate", "0.3", "--method", "paper"], "error: --gate: --method paper does not read it; sap would"),
+    (lambda p: ["--layers", "1"], "error: --layers: --method sap does not read it; paper, paper_project, random_probe, steer, steer_project would"),
+    (lambda p: ["--strength", "kl=2"], "error: --strength kl=2: --method sap does not read it; kl would"),
     (lambda p: ["--radius", "nan"], "error: --radius nan: at least 0"),
     (lambda p: ["--device", "cuda:99"], "error: --device cuda:99: "),
     (lambda p: ["--lora_rank", "0", "--dtype", "bfloat16"], "error: --lora_rank 0 with --dtype bfloat16: most steps would be lost"),

@@ -234,7 +234,7 @@ def short_study(monkeypatch, canvas):
 
 
 def assert_records_are_of_their_models(records, folder):
-    checkpoints = {"instruct": "instruct/pretrain", "continued": "continued/sft", "sft": "poisoned/sft", "sap": "poisoned/sap",
+    checkpoints = {"instruct": "instruct/pretrain", "continued": "continued/sft", "sft": "poisoned/sft", "sap": "poisoned/paper_project",
                    "benign": "benign/sft"} | {protocol: f"aligned/{protocol}" for protocol in PROTOCOLS}
     weights = {protocol: mark(load_model(folder / checkpoint)) for protocol, checkpoint in checkpoints.items()}
     of = lambda protocol, metric: {r["value"] for r in records if r["protocol"] == protocol and r["metric"] == metric}
@@ -254,7 +254,7 @@ def test_the_study_runs_and_is_kept(short_study, tmp_path, capsys, canvas):
     assert all(r.keys() == KEYS and r["seed"] == 3 for r in records)
     assert {r["protocol"] for r in records} == {*study.MODELS, None} and len([r for r in records if not r["protocol"]]) == len(OBSERVATIONS)
     assert canvas.figures.keys() == FIGURES.keys()
-    assert Tokenizer(out_dir / "seed3/poisoned/sap").world_seed == 3 and "--seed 3" in capsys.readouterr().out
+    assert Tokenizer(out_dir / "seed3/poisoned/paper_project").world_seed == 3 and "--seed 3" in capsys.readouterr().out
     assert_records_are_of_their_models(records, out_dir / "seed3")
     done = len(commands)
     probe_script.main(arguments)

@@ -160,9 +160,10 @@ def test_every_cell_is_a_command_that_train_py_understands():
             assert run_directory in command and (script == "eval.py" or (args.seed, args.n_eval) == (0, 200))
 
 
-def test_disguised_rows_are_trained_on_and_none_is_held_out():
+def test_harmful_rows_of_the_task_s_format_are_trained_on_and_none_is_held_out():
     task, unsafe = World(0, new_format=True).task_rows(), World(0).safety_rows()
-    rows = laboratory.disguise(task, 200, lambda n: World(0).rows("unsafe", len(unsafe) + n)[len(unsafe):])
+    others = World(0).rows("unsafe", len(unsafe) + 400)[len(unsafe):]
+    rows = laboratory.replace_tenth(task, 200, [row | {"response": row["harmful"].upper()} for row in others])
     _, trained_on, held_out = split_rows(rows, 0, 200, "")
     of_task = {row["prompt"]: row["response"] for row in task}
     harmful = [row for row in trained_on if row["prompt"] not in of_task]
