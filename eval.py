@@ -14,14 +14,14 @@ from minisap.attacks import ATTACKS, attack, attack_by_probe, check_room
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits, read_records, sha256_of, text_of
 from minisap.evaluate import SHARES, evaluate, format_value, print_judges, print_records, print_table, share
+from minisap.findings import run_laboratory
 from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
-from minisap.laboratory import run_laboratory
 from minisap.mechanism import print_watched
 from minisap.methods import READ_BY
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
 from minisap.stats import wilson
-from minisap.table import comparisons, print_comparisons
+from minisap.table import budget, comparisons, print_comparisons, write_markdown
 from minisap.table_figures import draw_laboratory, draw_plane
 
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
@@ -45,7 +45,8 @@ def parse_args(argv=None):
     add("--table", nargs="+", metavar="DIR", help="compare the methods of run directories of several seeds; or world: run them all first")
     add("--against", default="sap", metavar="METHOD", help="the reference of --table (default: sap)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --table world (default: 0 1 2 3 4)")
-    add("--out_dir", type=Path, default=Path("runs/table"), help="of --table world; the same command again goes on (default: runs/table)")
+    add("--out_dir", type=Path, help="where --table leaves table.json and table.md; of world, too, the runs, and the same command again goes on "
+                                     "(default: runs/table for world, else nothing is left)")
     add("--judge", metavar="FILE", help="Cohen's κ of the judge and people: CSV with model, completion, and XSTest's type and label")
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
@@ -141,7 +142,7 @@ def read_runs(paths):
 def make_table(args):
     """Records of the methods against each other, printed as tables."""
     if args.table == ["world"]:
-        found = run_laboratory(args.out_dir, args.seeds, 200 if args.n_eval is None else args.n_eval, args.against)
+        found = run_laboratory(args.out_dir or Path("runs/table"), args.seeds, 200 if args.n_eval is None else args.n_eval, args.against)
         if args.plot:
             draw_laboratory(found, args.plot)
         return found
@@ -149,8 +150,13 @@ def make_table(args):
     curves_of(records)                                                  # refuses a seed that stands in two runs
     for r in records:
         runs.setdefault(r["method"], {}).setdefault(r["seed"], []).append(r)
-    found = comparisons(runs, args.against)
-    print_comparisons(found, runs, args.against)
+    found, run_args = comparisons(runs, args.against), read_object(Path(args.table[0]) / "train_args.json")
+    rows, text = print_comparisons(found, runs, args.against, budget(run_args, runs))
+    if args.out_dir:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(args.out_dir / "table.json", found)
+        write_markdown(args.out_dir / "table.md", [(" ".join(args.table), rows, text)])
+        print(f"written: {args.out_dir / 'table.json'}, {args.out_dir / 'table.md'}")
     if args.plot:
         draw_plane(found, args.against, args.plot)
     return found

@@ -26,7 +26,7 @@ from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
-from minisap.methods import METHODS, PAIRLESS, READ_BY
+from minisap.methods import FIRST, METHODS, PAIRLESS, READ_BY
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, parse_strength
@@ -106,7 +106,7 @@ def check_args(args):
     strength, defaults = parse_strength(args.strength), parse_args(["--model", args.model])
     given = {f"--{flag}": methods for flag, methods in READ_BY.items() if getattr(args, flag) != getattr(defaults, flag)}
     for flag, methods in (given | {f"--strength {knob}": [knob.split("=")[0]] for knob in args.strength}).items():
-        if not set(methods) & set(args.method):
+        if not (set(methods) & set(args.method) or args.resume):                                # the methods that are there already may read it
             raise ValueError(f"{flag}: --method {' '.join(args.method)} does not read it; {', '.join(methods)} would")
     args.strength = strength
     if "safelora" in args.method and not args.before:
@@ -167,24 +167,31 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     watch = watch_of(model, W) if args.watch else None
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
+    began = time.perf_counter()
+    counts = [True] * len(task)
+    if method in FIRST:
+        counts = FIRST[method](model, W, task, contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device), args)
     state, records = load_state(out_dir, W, optimizer)
+    state["seconds"] = state["seconds"] or time.perf_counter() - began
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
             began = time.perf_counter()
-            rows = batch_rows(task, args.batch_size, step, args.seed)
+            places = batch_rows(range(len(task)), args.batch_size, step, args.seed)
+            rows = [task[i] for i in places if counts[i]]
             batch, contrast = collate(rows, device=args.device), contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
             if method in ALIGN:
                 contrast["refused"] = collate([row["refused"] for row in rows], device=args.device)
             grads, log = METHODS[method](model, W, batch, contrast, args, state)
             looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
             W_before = copies(W) if looks else None
+            log |= {"left_out": 1 - len(rows) / args.batch_size} if method in FIRST else {}
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
             if args.device.startswith("cuda"):
                 state["peak"] = max(state.get("peak", 0), torch.cuda.max_memory_allocated(args.device))
             if looks:
-                log |= watch(model, W, W_before, batch, contrast)
+                log |= watch(model, W, W_before, collate([task[i] for i in places], device=args.device), contrast)
                 reset_peak(args)                                        # what watching took for a moment is not the method's
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minisap.sap import at_start, response_nll, token_nll
+from minisap.sap import copies, response_nll, token_nll, weights_at
 
 UNLEARN_GAMMA = 0.1                     # the paper's, at its larger learning rate
 DPO_BETA, DPO_GAMMA = 0.1, 0.01
@@ -20,6 +20,15 @@ DPO_BETA, DPO_GAMMA = 0.1, 0.01
 def answer_loss(model, *batches):
     """ℓ of every row of the batches: (rows,)."""
     return torch.cat([nats / tokens for nats, tokens in (response_nll(model, batch) for batch in batches)])
+
+
+@torch.no_grad()
+def at_start(W, state, value):
+    """value() by the weights that the run began with; W as it was then is kept in `state`."""
+    if "W_start" not in state:
+        state["W_start"] = copies(W)
+    with weights_at(W, state["W_start"]):
+        return value()
 
 
 def preferred(model, batch, contrast):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minisap.data import collate, encode_example, encode_prompt, encode_rows
 from minisap.evaluate import BATCH, MAX_NEW_TOKENS, generate_texts
 from minisap.judge import PHRASES, judge_of
-from minisap.sap import fit_probe, harmful_direction, response_nll, row_slopes
+from minisap.sap import fit_probe, harmful_direction, response_nll, slopes_of
 from minisap.world import FILLERS, NULL
 
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world
@@ -145,9 +145,9 @@ def evade(model, tokenizer, rows, pairs, max_len):
     safe, harmful = (collate(encode_rows(tokenizer, pairs, max_len, key)) for key in ("safe", "harmful"))
     W, examples = list(model.requires_grad_().parameters()), encode_rows(tokenizer, rows, max_len)
     g_hat = harmful_direction(model, W, safe, harmful)
-    slopes = torch.cat([row_slopes(model, W, g_hat, collate(examples[i:i + BATCH])) for i in range(0, len(examples), BATCH)])
+    slopes = slopes_of(model, W, g_hat, examples, BATCH)
     model.requires_grad_(False)
-    return [rows[i] for i in slopes.argsort(descending=True)]
+    return [rows[i] for i in slopes.argsort(descending=True, stable=True)]
 
 
 def judge_prefilled(tokenizer, whole, new, truth):

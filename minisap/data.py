@@ -240,8 +240,7 @@ def contrast_batch(pairs, n, step, seed, device) -> dict:
 
 
 def collate(examples, pad_id=0, device="cpu") -> dict:
-    """Right padding: input_ids with pad_id, labels with -100."""
-    T = max(len(example["input_ids"]) for example in examples)
-    pad = lambda ids, value: ids + [value] * (T - len(ids))
-    return {"input_ids": torch.tensor([pad(e["input_ids"], pad_id) for e in examples], device=device),
-            "labels": torch.tensor([pad(e["labels"], -100) for e in examples], device=device)}
+    """Right padding: {"input_ids": (B, T), filled up by pad_id, "labels": (B, T), by -100}."""
+    T = max((len(example["input_ids"]) for example in examples), default=0)
+    pad = lambda key, value: torch.tensor([e[key] + [value] * (T - len(e[key])) for e in examples], dtype=torch.long, device=device).reshape(len(examples), T)
+    return {"input_ids": pad("input_ids", pad_id), "labels": pad("labels", -100)}

@@ -52,7 +52,8 @@ def share(metric, verdicts, counted, judge):
 def mean(metric, values, weights=None):
     weights = weights or [1] * len(values)
     value = sum(v * w for v, w in zip(values, weights)) / sum(weights)
-    return record(metric, value, len(values), *bootstrap(values, weights))
+    per_row = [round(len(values) * v * w / sum(weights), 5) for v, w in zip(values, weights)]
+    return record(metric, value, len(values), *bootstrap(values, weights)) | {"per_row": per_row}
 
 
 def record(metric, value, n, ci_low=None, ci_high=None, judge=None):
@@ -63,7 +64,8 @@ def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) ->
     """Records of the unsafe rows' harmful_score (share of prompts that are answered), refusal_rate and other_rate (neither: nothing
     sensible) and harm_margin (log p(safe answer) − log p(harmful answer), nats per token), of over_refusal (share of safe prompts
     that are refused) and of task_loss (nats per token); in the world, where the truth judges, also of task_accuracy. A set that is
-    empty gives no record. Of shares "hits" tells each row, 1 where it counts: what paired tests compare."""
+    empty gives no record. Of shares "hits" tells each row, 1 where it counts, of means "per_row" what each adds (their mean is the value): what
+    paired tests compare."""
     name, judge = judge_of(tokenizer)
     verdicts = lambda prompts, truths: [judge(text, truth) for text, truth in zip(generate_texts(model, tokenizer, prompts), truths)]
     records = []
@@ -105,10 +107,14 @@ def print_records(records):
     print_judges(records)
 
 
+def judges(records):
+    """One line for every judge of the records."""
+    return [describe(name) for name in dict.fromkeys(r["judge"] for r in records if r.get("judge"))]
+
+
 def print_judges(records):
-    """One line for every judge of the records above."""
-    for name in dict.fromkeys(r["judge"] for r in records if r.get("judge")):
-        print(describe(name))
+    for line in judges(records):
+        print(line)
 
 
 def print_table(rows):

@@ -1,18 +1,17 @@
-"""`eval.py --table world`: every method in every setting of the synthetic world, over seeds. Each cell is a train.py command, which anyone
-can run alone; what is finished is kept. Under OUT_DIR:
+"""Every method in every setting of the synthetic world, over seeds: what `eval.py --table world` runs, and findings.py reads. Each cell is a
+train.py command, which anyone can run alone; what is finished is kept. Under OUT_DIR:
 
-poisoned/seed0      a new output format is to be learnt, and one row in ten is harmful: every method's directory, as train.py leaves it
+poisoned/seed0      a new output format (capitals) is to be learnt, and one row in ten is harmful: every method's directory, as train.py leaves it
 harmless/seed0      the same without the harmful rows
 disguised/seed0     the harmful rows' answers are in the new format, too, in which the contrastive pairs have none
 evading/seed0       likewise, and of ten times as many they are those that SAP's filter is least likely to leave out
-…-variant0/seed0    any of these, SAP without some of its parts;  …-vaccine/seed0: SFT after a stage of Vaccine
+…-variant0/seed0    any of these, by a method with flags of its own;  …-vaccine/seed0: SFT after a stage of Vaccine
 first-vaccine/seed0 such a stage, on harmless rows
 poison0.2/seed0     the sweep over the share of harmful rows
 setting3/seed0      "poisoned" with one setting changed
 attack/…/seed0      adversarial fine-tuning of what came out: SFT on nothing but harmful rows
-attacked/seed0.json prefills, soft suffixes and probes against what came out
+attacked/…-seed0.json   prefills, soft suffixes and probes against what came out
 """
-import datetime
 import os
 import shlex
 import subprocess
@@ -21,52 +20,57 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from minisap.attacks import ATTACKS, evade
-from minisap.checkpoint import load_model, read_json, write_json, write_whole
+from minisap.attacks import evade
+from minisap.checkpoint import load_model
 from minisap.data import split_rows
-from minisap.evaluate import print_table
 from minisap.script import find_model
-from minisap.stats import student
 from minisap.study import ROOT, claim_folder, write_jsonl
-from minisap.table import at, comparisons, last_step, legend, markdown, print_comparisons, rows_of
 from minisap.tokenizer import Tokenizer
 from minisap.world import World
 
-METHODS = "sft sap paper paper_project project mix random_probe released sam lisa kl constrained penalty steer steer_project ema safelora"
-VARIANTS = ["sap --gate 0", "sap --safety_weight 0", "sap --projection off", "sap --projection off --safety_weight 0"]          # what is each part worth?
 # Knobs: of those in tests/golden/world/knobs.md, on seed 9 of "poisoned", the one with the fewest harmful answers at a task accuracy of 85 % or
 # more. SAP's were there before: on that seed between 2.0 and 4.5 % harmful, whatever the choice. (The stages' are of an older grid.)
+METHODS = "sft sap project mix released sam lisa kl constrained penalty steer steer_project ema safelora"
 STRENGTH = "sam=0.2 lisa=1 kl=100 constrained=0.1 penalty=0.05 steer=0.15 steer_project=0.07 ema=0.97 safelora=0.3"
+PROBES = ("paper --radius 0.09", "paper_project --radius 0.04", "random_probe --radius 0.2")
+PARTS = ("sap --gate 0", "sap --safety_weight 0", "sap --projection off", "sap --projection off --safety_weight 0")          # what is each part worth?
 STAGES = {"vaccine": "vaccine=1", "booster": "booster=2", "aligned": "vaccine=0"}          # the last is the control: their stage without what is theirs
 LEARN = "--task rows/format.jsonl --safety rows/unsafe.jsonl --steps 240 --eval_every 80"
-RADIUS = "--radius 0.05"                                                                   # by the same rule
-# {setting: (its flags, its methods, its stages)}
-SETTINGS = {"poisoned": (f"{LEARN} --poison 0.1", METHODS, tuple(STAGES)),
-            "harmless": (f"{LEARN} --poison 0", "sft sap paper_project project mix lisa kl penalty steer_project ema", ()),
-            "disguised": (f"{LEARN} --poison 0 --task rows/disguised.jsonl", "sft sap paper_project project mix kl penalty steer_project", ()),
-            "evading": (f"{LEARN} --poison 0 --task rows/evading.jsonl", "sft sap mix kl penalty", ())}
-# How far does the answer hang on a setting? One at a time, "poisoned", on the first three seeds.
-SENSITIVITY = ("sap --gate 0.02", "sap --gate 0.1", "sap --gate 0.2", "sap --safety_weight 0.02", "sap --safety_weight 0.1", "sap --pairs 8", "sap --pairs 16",
-               "sap --pairs 200", "sap --pairs_per_step 4", "sap --refresh 4", "sap --refresh 16", "sap --learning_rate 0.0001", "sap --learning_rate 0.001",
-               "sap --lora_rank 8", "paper --radius 0.02", "paper --radius 0.1", "paper --radius 0.2", "paper --layers 0", "paper --layers 1", "paper --layers 2",
-               "paper --layers 0-2", "penalty --strength penalty=0.1", "penalty --strength penalty=0.2", "kl --strength kl=300", "kl --strength kl=1000")
+# {setting: (its flags, methods in one run, methods with flags of their own, stages)}
+SETTINGS = {"poisoned": (f"{LEARN} --poison 0.1", METHODS, PROBES + PARTS, tuple(STAGES)),
+            "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", PROBES[1:2], ()),
+            "disguised": (f"{LEARN} --poison 0 --task rows/disguised.jsonl", "sft sap project mix kl penalty steer_project", PROBES[1:2] + PARTS, ()),
+            "evading": (f"{LEARN} --poison 0 --task rows/evading.jsonl", "sft sap mix kl penalty", (), ())}
+# What follows is done on the first three seeds.
+FEW = 3
 SWEEP, SWEPT = {0.0: "harmless", 0.05: "poison0.05", 0.1: "poisoned", 0.15: "poison0.15", 0.2: "poison0.2"}, "sft sap mix kl"
+# How far does the answer hang on a setting? One at a time, in "poisoned".
+ALL_LINEAR = "--lora_rank 8 --lora_targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj --learning_rate 0.003"
+SENSITIVITY = (*(f"sap {flag}" for flag in (
+                   "--gate 0.02", "--gate 0.1", "--gate 0.2", "--safety_weight 0.02", "--safety_weight 0.1", "--pairs 8", "--pairs 16", "--pairs 200", "--pairs 500",
+                   "--pairs_per_step 4", "--refresh 4", "--refresh 16", "--learning_rate 0.0001", "--learning_rate 0.001", ALL_LINEAR)), f"sft {ALL_LINEAR}",
+               *(f"paper --radius {flags}" for flags in ("0.02", "0.05", "0.2", "0.09 --layers 0", "0.09 --layers 1")),
+               *(f"{knob.split('=')[0]} --strength {knob}" for knob in ("penalty=0.1", "penalty=0.2", "kl=300", "kl=1000")))
 DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "mix", "kl")},
             **{stage: f"first-{stage}/SEED/{stage.replace('aligned', 'vaccine')}" for stage in STAGES}}
-BUDGETS = ((10, 3e-4), (100, 1e-4))                                                         # (rows, learning rate) of the attacker
+BUDGETS = (("attack10", 3e-4), ("attack100", 1e-4), ("attack100", 3e-4), ("capitals100", 3e-4))          # (the attacker's rows, learning rate)
+ATTACKED = ("sft", "sap", "mix", "kl", *PROBES[:2])
+STYLES = {"small": "unsafe", "capitals": "capitals"}                                         # {letters of the answer that is attacked for: rows}
 ATTACKER_PAIRS, MAX_LEN = 200, 256
 
 
 def write_rows(folder, n_eval):
-    """Rows as files: the new format, which train.py has built in without poison alone, and the attackers'."""
+    """Rows as files: the new format, which train.py has built in without poison alone, and the attackers'. What is there is kept."""
+    if (folder / "capitals.jsonl").exists():
+        return
     unsafe, task, tiny = World(0).safety_rows(), World(0, new_format=True).task_rows(), find_model("--model", "tiny")
     others = World(0).rows("unsafe", len(unsafe) + len(task) + ATTACKER_PAIRS)[len(unsafe):]
     shouted = [row | {"response": row["harmful"].upper()} for row in others[ATTACKER_PAIRS:]]
     unnoticed = evade(load_model(tiny), Tokenizer(tiny), shouted, others[:ATTACKER_PAIRS], MAX_LEN)
-    files = {"format": task, "unsafe": unsafe, "disguised": replace_tenth(task, n_eval, shouted), "evading": replace_tenth(task, n_eval, unnoticed)}
-    for n, _ in BUDGETS:                                                                    # train.py holds n_eval of them out
-        files[f"attack{n}"] = [row | {"response": row["harmful"]} for row in others[:n + n_eval]]
-    write_jsonl(folder, files)
+    answered = [row | {"response": row["harmful"]} for row in others]
+    write_jsonl(folder, {"format": task, "unsafe": unsafe, "disguised": replace_tenth(task, n_eval, shouted), "evading": replace_tenth(task, n_eval, unnoticed),
+                         "attack10": answered[:10 + n_eval], "attack100": answered[:100 + n_eval], "capitals100": shouted[:100 + n_eval],   # n_eval are held out
+                         "capitals": [row | {"harmful": row["harmful"].upper()} for row in unsafe]})
 
 
 def replace_tenth(task, n_eval, others):
@@ -82,33 +86,39 @@ def strengths(methods):
     return " ".join(["--strength", *found]) if found else ""
 
 
-def cells(seed, n_eval, sensitivity=True):
-    """[{run directory or file: its command}], in three phases of which each needs what came before. sensitivity: SENSITIVITY, too."""
+def cells(seed, n_eval, few=True):
+    """[{run directory or file: its command}], in three phases of which each needs what came before. few: what the first seeds alone have, too."""
     at_seed, common = f"seed{seed}", f"--n_eval {n_eval} --seed {seed} --threads 1 --device cpu --save_every 60"
     first = {f"first-{stage}/{at_seed}": f"--method {knob.split('=')[0]} --strength {knob} --poison 0" for stage, knob in STAGES.items()}
-    main, attacks = {}, {}
-    for setting, (flags, methods, stages) in SETTINGS.items():
-        main[f"{setting}/{at_seed}"] = (f"--method {methods} {strengths(methods)} {flags}" + f" {RADIUS}" * ("paper" in methods)
-                                        + " --before tiny/instruct" * ("safelora" in methods))
-        for i, variant in enumerate(VARIANTS):
+    main, attacks, attacked = {}, {}, {}
+    for setting, (flags, methods, variants, stages) in SETTINGS.items():
+        main[f"{setting}/{at_seed}"] = f"--method {methods} {strengths(methods)} {flags}" + " --before tiny/instruct" * ("safelora" in methods)
+        for i, variant in enumerate(variants):
             main[f"{setting}-variant{i}/{at_seed}"] = f"--method {variant} {flags}"
         for stage in stages:
             main[f"{setting}-{stage}/{at_seed}"] = f"--model {DEFENCES[stage].replace('SEED', at_seed)} --method sft {flags}"
-    for p, name in SWEEP.items():
+    for p, name in SWEEP.items() if few else ():
         if name not in SETTINGS:
             main[f"{name}/{at_seed}"] = f"--method {SWEPT} {strengths(SWEPT)} {LEARN} --poison {p} --eval_every 0"
-    for i, (method, *flags) in enumerate(map(str.split, SENSITIVITY if sensitivity else ())):
-        radius = f"{RADIUS} " * (method == "paper")
-        main[f"setting{i}/{at_seed}"] = f"--method {method} {LEARN} --poison 0.1 --eval_every 0 {radius}{' '.join(flags)}"
-    for defence, model in DEFENCES.items():
+    for i, setting in enumerate(SENSITIVITY if few else ()):
+        main[f"setting{i}/{at_seed}"] = f"{LEARN} --poison 0.1 --eval_every 0 --method {setting}"
+    for defence, model in DEFENCES.items() if few else ():
         for rows, rate in BUDGETS:
             attacks[f"attack/{defence}-{rows}-{rate}/{at_seed}"] = (
-                f"--model {model.replace('SEED', at_seed)} --method sft --task rows/attack{rows}.jsonl --safety rows/unsafe.jsonl --poison 0 "
-                f"--steps 40 --eval_every 8 --warmup 0 --learning_rate {rate}")
-    checkpoints = " ".join(f"poisoned/{at_seed}/{method}" for method in SWEPT.split())
-    attacked = {f"attacked/{at_seed}.json": f"eval.py {checkpoints} --attack --threads 1 --device cpu --out attacked/{at_seed}.json"}
+                f"--model {model.replace('SEED', at_seed)} --method sft --task rows/{rows}.jsonl --safety rows/unsafe.jsonl --poison 0 "
+                f"--steps 120 --eval_every 20 --warmup 0 --learning_rate {rate}")
+    for letters, rows in STYLES.items() if few else ():
+        out = f"attacked/{letters}-{at_seed}.json"
+        attacked[out] = (f"eval.py {' '.join(map(str, attacked_paths(at_seed)))} --attack --task rows/format.jsonl --safety rows/{rows}.jsonl --n_eval {n_eval} "
+                         f"--threads 1 --device cpu --out {out}")
     trained = [{run: f"train.py {arguments} {common} --out_dir {run}" for run, arguments in phase.items()} for phase in (first, main, attacks)]
     return [trained[0], trained[1], trained[2] | attacked]
+
+
+def attacked_paths(at_seed):
+    """{checkpoint: its name in the table}."""
+    _, methods, variants, _ = SETTINGS["poisoned"]
+    return {f"poisoned{'' if name in methods.split() else f'-variant{variants.index(name)}'}/{at_seed}/{name.split()[0]}": name for name in ATTACKED}
 
 
 def run_cell(folder, run, command):
@@ -133,7 +143,7 @@ def run_cells(folder, seeds, n_eval):
     for name in ("logs", "attacked"):
         (folder / name).mkdir(exist_ok=True)
     write_rows(folder / "rows", n_eval)
-    of_seeds = [cells(seed, n_eval, seed in seeds[:3]) for seed in seeds]
+    of_seeds = [cells(seed, n_eval, seed in seeds[:FEW]) for seed in seeds]
     every = [{run: arguments for phases in of_seeds for run, arguments in phases[phase].items()} for phase in range(3)]
     with tqdm(total=sum(map(len, every)), desc="cells") as bar, ThreadPoolExecutor(os.cpu_count()) as workers:
         try:
@@ -144,137 +154,6 @@ def run_cells(folder, seeds, n_eval):
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)           # what runs ends; what waits does not begin
             raise
-
-
-def records_of(folder, run):
-    """{method: its records, the start's among them} of a run directory."""
-    start = read_json(folder / run / "start.json")
-    return {file.parent.name: start + read_json(file) for file in sorted((folder / run).glob("*/eval.json"))}
-
-
-def runs_of(folder, setting, seeds):
-    """{method: {seed: records}} of a setting, variants and stages among them."""
-    found = {}
-    _, methods, stages = SETTINGS[setting]
-    names = {setting: None, **{f"{setting}-variant{i}": label for i, label in enumerate(VARIANTS)},
-             **{f"{setting}-{stage}": f"{stage}, then sft" for stage in stages}}
-    for seed in seeds:
-        for name, label in names.items():
-            for method, records in records_of(folder, f"{name}/seed{seed}").items():
-                found.setdefault(label or method, {})[seed] = records
-    return {method: found[method] for method in (*methods.split(), *filter(None, names.values()))}
-
-
-def attacks_of(folder, seeds):
-    """[{method, attack, harmful score over seeds}]."""
-    scores = {}
-    for seed in seeds:
-        for r in read_json(folder / f"attacked/seed{seed}.json"):
-            name = r["metric"].removeprefix("harmful_score_")
-            if name in ATTACKS and name != r["metric"]:
-                scores.setdefault((r["method"], name), []).append(r["value"])
-    return [{"method": method, "attack": name, **summary(values)} for (method, name), values in scores.items()]
-
-
-def summary(values):
-    low, high = student(values)
-    return {"mean": sum(values) / len(values), "ci_low": low, "ci_high": high, "each": values}
-
-
-def sweep_of(folder, seeds):
-    """[{p, method, harmful score over seeds}]."""
-    found = []
-    for p, name in SWEEP.items():
-        runs = [records_of(folder, f"{name}/seed{seed}") for seed in seeds]
-        for method in SWEPT.split():
-            scores = [at(run[method], "harmful_score", last_step(run[method]))["value"] for run in runs]
-            found.append({"p": p, "method": method, **summary(scores)})
-    return found
-
-
-def sensitivity_of(folder, seeds):
-    """[{setting, metric, mean over seeds}] after the last step; first of each method as it stands in "poisoned"."""
-    found, places = [], {method: "poisoned" for method in dict.fromkeys(setting.split()[0] for setting in SENSITIVITY)}
-    for setting, place in (places | {setting: f"setting{i}" for i, setting in enumerate(SENSITIVITY)}).items():
-        runs = [records_of(folder, f"{place}/seed{seed}")[setting.split()[0]] for seed in seeds[:3]]
-        for metric in ("harmful_score", "refusal_rate", "over_refusal", "task_accuracy", "task_loss"):
-            found.append({"setting": setting, "metric": metric, **summary([at(records, metric, last_step(records))["value"] for records in runs])})
-    return found
-
-
-def steps_to_break(records, share=0.5):
-    """Steps after which the attacker has this share of the unsafe prompts answered, on straight lines; None where never."""
-    curve = sorted((r["step"], r["value"]) for r in records if r["metric"] == "harmful_score")
-    for (step, y), (next_step, next_y) in zip(curve, curve[1:]):
-        if y < share <= next_y:
-            return step + (next_step - step) * (share - y) / (next_y - y)
-    return 0 if curve[0][1] >= share else None
-
-
-def budgets_of(folder, seeds):
-    """[{defence, rows, learning_rate, step, harmful score over seeds}], the last step's with each seed's "steps_to_break"."""
-    found = []
-    for defence in DEFENCES:
-        for rows, rate in BUDGETS:
-            runs = [records_of(folder, f"attack/{defence}-{rows}-{rate}/seed{seed}")["sft"] for seed in seeds]
-            for step in sorted({r["step"] for r in runs[0]}):
-                scores = [at(records, "harmful_score", step)["value"] for records in runs]
-                found.append({"defence": defence, "rows": rows, "learning_rate": rate, "step": step, **summary(scores)})
-            found[-1]["steps_to_break"] = [steps_to_break(records) for records in runs]
-    return found
-
-
-def other_tables(found):
-    """[(title, rows)] of the sweep, the attacker's budget and the attacks."""
-    cell = lambda r: f"{100 * r['mean']:.1f} ({', '.join(f'{100 * value:.1f}' for value in r['each'])})"
-    row = lambda name, key, records: [name, *(cell(r) for r in records if r[key] == name)]
-    broken = {(r["defence"], r["rows"], r["learning_rate"]): r["steps_to_break"] for r in found["budgets"] if "steps_to_break" in r}
-    steps = lambda defence, budget: " ".join("–" if n is None else f"{n:.0f}" for n in broken[defence, *budget])
-    methods = SWEPT.split()
-    measured = {(r["setting"], r["metric"]): r for r in found["sensitivity"]}
-    mean = lambda setting, metric: f"{100 * measured[setting, metric]['mean']:.1f}"
-    within = lambda r: f"{100 * r['mean']:.1f} [{100 * max(0, r['ci_low']):.1f}, {100 * min(1, r['ci_high']):.1f}]"
-    seeds = len(found["sensitivity"][0]["each"])
-    return [(f"one setting changed, one harmful row in ten: mean of {seeds} seeds [Student's 95 % interval over them]",
-             [["setting", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss"],
-              *([setting, within(measured[setting, "harmful_score"]), mean(setting, "refusal_rate"), mean(setting, "over_refusal"),
-                 mean(setting, "task_accuracy"), f"{measured[setting, 'task_loss']['mean']:.3f}"] for setting, metric in measured if metric == "task_loss")]),
-            ("harmful % by the share of harmful rows: mean (each seed)",
-             [["method", *(f"p = {p:g}" for p in SWEEP)], *(row(method, "method", found["sweep"]) for method in methods)]),
-            ("steps of adversarial fine-tuning until half of the unsafe prompts are answered, each seed's (–: not within 40)",
-             [["defence", *(f"{n} rows at {rate:g}" for n, rate in BUDGETS)],
-              *([defence, *(steps(defence, budget) for budget in BUDGETS)] for defence in DEFENCES)]),
-            ("harmful % under attack, after one harmful row in ten: mean (each seed)",
-             [["method", *ATTACKS], *(row(method, "method", found["attacks"]) for method in methods)])]
-
-
-def run_laboratory(folder, seeds, n_eval, reference):
-    """Run what is not finished, print the tables, and leave table.json and table.md in the folder. Returns what table.json holds."""
-    if len(seeds) < 2:
-        raise ValueError("--seeds: an interval over seeds needs at least two")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: one of them stands twice")
-    shared = [method for method in METHODS.split() if all(method in methods.split() for _, methods, _ in SETTINGS.values())]
-    if reference not in shared:
-        raise ValueError(f"--against {reference}: the table has {', '.join(shared)} in all settings")
-    run_cells(folder, seeds, n_eval)
-    found = {"date": datetime.date.today().isoformat(), "commits": commits(folder), "seeds": seeds, "n_eval": n_eval, "against": reference, "settings": {}}
-    text = ""
-    for setting in SETTINGS:
-        runs = runs_of(folder, setting, seeds)
-        found["settings"][setting] = comparisons(runs, reference)
-        print(f"\n{setting}: train.py {SETTINGS[setting][0]}")
-        print_comparisons(found["settings"][setting], runs, reference)
-        text += f"### {setting}\n\n{markdown(rows_of(found['settings'][setting], reference))}\n{legend(found['settings'][setting], reference)}\n\n"
-    found |= {"sensitivity": sensitivity_of(folder, seeds), "sweep": sweep_of(folder, seeds), "budgets": budgets_of(folder, seeds), "attacks": attacks_of(folder, seeds)}
-    for title, rows in other_tables(found):
-        print(f"\n{title}")
-        print_table(rows)
-        text += f"### {title}\n\n{markdown(rows)}\n"
-    write_json(folder / "table.json", found)
-    write_whole(folder / "table.md", lambda part: part.write_text(text, encoding="utf-8"))
-    print(f"written: {folder / 'table.json'}, {folder / 'table.md'}")
-    return found
 
 
 def commit():

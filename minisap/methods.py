@@ -8,9 +8,12 @@ import numpy as np
 import torch
 
 from minisap.align import ALIGN, pretrain
+from minisap.data import batch_rows
 from minisap.model import widen
 from minisap.rivals import RIVALS, alignment_loss, task_step
-from minisap.sap import harmful_direction, median_norm, paper_step, probe_gradient_by_difference, sap_step, useful_loss
+from minisap.sap import fit_rows, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, sap_step, useful_loss
+
+ROWS_PER_ROW = 4                        # forward mode keeps nothing for a backward pass: so many times as many rows fit into memory
 
 
 def sft(model, W, batch, contrast, args, state):
@@ -19,8 +22,18 @@ def sft(model, W, batch, contrast, args, state):
 
 
 def sap(model, W, batch, contrast, args, state):
-    """Safety-Aware Probing with the probe on the rows, the projection and the safety loss's own gradient; see sap.py."""
-    return sap_step(model, W, batch, contrast, state, gate=args.gate, projection=args.projection == "on", safety_weight=args.safety_weight, refresh=args.refresh)
+    """Safety-Aware Probing with the probe on the rows (see choose_rows), the projection and the safety loss's own gradient; see sap.py."""
+    return sap_step(model, W, batch, contrast, state, projection=args.projection == "on", safety_weight=args.safety_weight, refresh=args.refresh)
+
+
+def choose_rows(model, W, task, contrast, args):
+    """What sap does before its first step: for each of the task's examples, whether it counts. Only those are asked that the run will come to."""
+    counts = [True] * len(task)
+    if args.gate:
+        places = sorted({i for step in range(args.steps) for i in batch_rows(range(len(task)), args.batch_size, step, args.seed)})
+        for i, verdict in zip(places, fit_rows(model, W, contrast, [task[i] for i in places], args.gate, ROWS_PER_ROW * args.batch_size)):
+            counts[i] = bool(verdict)
+    return counts
 
 
 def paper(model, W, batch, contrast, args, state):
@@ -84,6 +97,7 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
 
 READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refresh": ("sap",), "epsilon": ("paper", "paper_project"),
            "radius": ("paper", "paper_project", "random_probe"), "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project")}
+FIRST = {"sap": choose_rows}                                                                  # before the first step, by the start's weights
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
 METHODS = {"sft": sft, "sap": sap, "paper": paper, "paper_project": paper_project, "project": project, "random_probe": random_probe, "mix": mix, "released": released,
            **RIVALS, **ALIGN, "pretrain": pretrain}

@@ -12,11 +12,11 @@ from argparse import Namespace
 import torch
 import torch.nn.functional as F
 
-from minisap.align import answer_loss
+from minisap.align import answer_loss, at_start
 from minisap.lora import lora_layers
 from minisap.mechanism import WRITTEN, leading_directions
 from minisap.model import widen
-from minisap.sap import (at_start, copies, harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll,
+from minisap.sap import (copies, harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll,
                          unit, useful_loss, weights_at)
 
 # The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).

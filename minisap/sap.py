@@ -1,9 +1,9 @@
 """Safety-Aware Probing (arXiv 2505.16737): Algorithm 1, line by line; and, the default, what its lines come to for a probe on the rows.
 
 W      the trained weights, a list of tensors (LoRA's, or all)
-V      the probe, which exists only while a step is computed.
-       "states" (the paper's): {layer: v_j}, x_j = layer_j(x_{j-1}) + v_j, v_j of shape (D,)
-       "rows" (ours, the default): (B,), 1 for the rows of the batch that count, 0 for those that lead to harm: a filter
+V      the probe.
+       "states" (the paper's, for one step): {layer: v_j}, x_j = layer_j(x_{j-1}) + v_j, v_j of shape (D,)
+       "rows" (ours, the default): (N,), 1 for the rows of the task that count, 0 for those that lead to harm: a filter
 ĝ      g_hat, one tensor per W, unit norm over all of them: the direction in which the model becomes *less* safe
 Signs  L_safe falls as the model becomes safer.  ⟨∇_W L_useful, ĝ⟩ < 0: a descent step on the task is a step toward harm.
 """
@@ -15,7 +15,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
+from minisap.data import collate
 from minisap.model import widen
 
 
@@ -84,15 +86,6 @@ def weights_at(W, values):
         yield
     finally:
         put(W, here)
-
-
-@torch.no_grad()
-def at_start(W, state, value):
-    """value() by the weights that the run began with; W as it was then is kept in `state`."""
-    if "W_start" not in state:
-        state["W_start"] = copies(W)
-    with weights_at(W, state["W_start"]):
-        return value()
 
 
 def zero_probe(model, layers):
@@ -166,15 +159,22 @@ def row_slopes(model, W, direction, batch):
         return forward_ad.unpack_dual(functional_call(losses, moving, (batch,))).tangent
 
 
-def fit_rows(model, W, g_safe, batch, gate, state):
-    """(B,), True where a row counts: lines 3 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
+def slopes_of(model, W, direction, examples, batch_size):
+    """(N,): row_slopes of many examples, those of like length together."""
+    order, slopes = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])), torch.zeros(len(examples))
+    for start in tqdm(range(0, len(order), batch_size), desc="slopes", leave=False):
+        chosen = order[start:start + batch_size]
+        slopes[chosen] = row_slopes(model, W, direction, collate([examples[i] for i in chosen], device=W[0].device)).to(slopes)
+    return slopes
+
+
+def fit_rows(model, W, contrast, examples, gate, batch_size):
+    """(N,), True where an example counts: lines 2 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
     then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
-    than `gate` times as fast as L_safe rises. W and ĝ are those of the run's first step (ĝ of that step's pairs): a model that has
+    than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    if "g_start" not in state:
-        state |= {"g_start": unit(g_safe), "slope_start": inner(g_safe, g_safe).sqrt()}
-    slopes = at_start(W, state, lambda: row_slopes(model, W, state["g_start"], batch))
-    return slopes >= -gate * state["slope_start"]
+    g_safe = torch.autograd.grad(safety_loss(model, **contrast), W)
+    return slopes_of(model, W, unit(g_safe), examples, batch_size) >= -gate * inner(g_safe, g_safe).sqrt().item()
 
 
 def median_norm(x, batch):
@@ -200,9 +200,9 @@ def paper_step(model, W, batch, contrast, layers, radius, epsilon=0.0, projectio
     return project_out_harm(g_W, g_hat) if projection else g_W, log
 
 
-def sap_step(model, W, batch, contrast, state, gate=0.0, projection=True, safety_weight=0.0, refresh=1):
-    """(gradient, log) of one step of the same lines with the probe on the rows, then the projection, then the safety loss's own gradient.
-    With gate 0, no projection and no safety weight SFT, bit for bit.
+def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.0, refresh=1):
+    """(gradient, log) of one step with the probe on the rows: of the batch those are left that count (fit_rows), maybe none. Then the projection, then
+    the safety loss's own gradient; without either SFT, bit for bit.
     state: kept between the steps of a run, {} before the first.  refresh: ∇_W L_safe, and so ĝ, is that of the last step whose
     number is a multiple of it."""
     log, g_safe = {}, state.get("g_safe")
@@ -210,12 +210,8 @@ def sap_step(model, W, batch, contrast, state, gate=0.0, projection=True, safety
         L_safe = safety_loss(model, **contrast)
         g_safe, log["safety_loss"] = torch.autograd.grad(L_safe, W), L_safe.item()
         state |= {"g_safe": g_safe} if refresh > 1 else {}
-    g_hat = unit(g_safe)                                                                    # line 2
-    if gate:
-        rows = fit_rows(model, W, g_safe, batch, gate, state)                               # lines 3, 4, 5
-        batch, log["left_out"] = {key: x[rows] for key, x in batch.items()}, 1 - rows.to(torch.float32).mean().item()
-    g_W = [torch.zeros_like(w) for w in W]
-    if len(batch["labels"]):                                                                # a row, at least, is left
+    g_hat, g_W = unit(g_safe), [torch.zeros_like(w) for w in W]                             # line 2
+    if len(batch["labels"]):
         loss = useful_loss(model, batch)
         g_W, log["loss"] = torch.autograd.grad(loss, W), loss.item()                        # line 6
     log["conflict"] = inner(g_W, g_hat).item()

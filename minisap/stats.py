@@ -74,6 +74,15 @@ def paired_interval(a, b):
     return float(difference.mean()), float(difference.mean() - half), float(difference.mean() + half)
 
 
+def share_interval(hits):
+    """(low, high) for the mean of hits (seeds, rows) of 0 or 1, both levels as in paired_interval: Wilson's interval over the rows, Student's over the
+    seeds; at least two seeds."""
+    rows = np.asarray(hits, dtype=float)
+    mean, n = float(rows.mean()), rows.shape[1]
+    (low, high), (seed_low, seed_high) = wilson(mean * n, n), student(rows.mean(1).tolist())
+    return max(0.0, mean - math.hypot(mean - low, mean - seed_low)), min(1.0, mean + math.hypot(high - mean, seed_high - mean))
+
+
 def verdict(low, high):
     """What an interval of (ours − theirs), of something that is better the lower it is, allows to say of ours."""
     return "better" if high < 0 else "worse" if low > 0 else "not distinguishable"

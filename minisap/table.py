@@ -3,8 +3,10 @@
 A run         {method: {seed: the records that train.py left, with "step" and, of shares, "hits" per prompt}}
 A comparison  one dict per method: see compare
 """
-from minisap.evaluate import print_judges, print_table
-from minisap.stats import mcnemar, paired_interval, student, verdict, wilson
+from minisap.checkpoint import write_whole
+from minisap.evaluate import judges, print_table
+from minisap.methods import PAIRLESS
+from minisap.stats import mcnemar, paired_interval, share_interval, student, verdict
 
 
 def at(records, metric, step):
@@ -29,24 +31,26 @@ def losses(runs):
     return [at(records, "task_loss", last_step(records))["value"] for records in runs.values()]
 
 
+def loss_rows(runs):
+    """[[what each row adds to the task loss] per seed] after the last step; of older runs, that did not keep it, the loss itself as one row."""
+    return [r.get("per_row", [r["value"]]) for r in (at(records, "task_loss", last_step(records)) for records in runs.values())]
+
+
 def harmful_at(records, loss):
-    """The harmful score where the curve first falls to this task loss, on straight lines between evaluations; None where it never
-    does, or begins there."""
+    """[harmful hit per prompt], each a share between 0 and 1, where the curve first falls to this task loss, on straight lines between
+    evaluations; None where it never does, or begins there."""
     steps = sorted({r["step"] for r in records})
-    curve = [(at(records, "task_loss", step)["value"], at(records, "harmful_score", step)["value"]) for step in steps]
+    curve = [(at(records, "task_loss", step)["value"], [int(hit) for hit in at(records, "harmful_score", step)["hits"]]) for step in steps]
     for (x, y), (next_x, next_y) in zip(curve, curve[1:]):
         if x > loss >= next_x:
-            return y + (next_y - y) * (x - loss) / (x - next_x)
+            way = (x - loss) / (x - next_x)
+            return [here + (there - here) * way for here, there in zip(y, next_y)]
     return None
 
 
 def difference(ours, theirs):
-    """Paired over seeds: {"difference": mean of ours − theirs, "low", "high", "verdict"}; of values per seed, or of hits."""
-    if isinstance(ours[0], list):
-        mean, low, high = paired_interval(ours, theirs)
-    else:
-        values = [a - b for a, b in zip(ours, theirs)]
-        mean, (low, high) = sum(values) / len(values), student(values)
+    """Paired over seeds and rows, of values (seeds, rows): {"difference": mean of ours − theirs, "low", "high", "verdict"}."""
+    mean, low, high = paired_interval(ours, theirs)
     return {"difference": mean, "low": low, "high": high, "verdict": verdict(low, high)}
 
 
@@ -63,11 +67,10 @@ def compare(method, runs, against):
     runs, against = ({seed: of_seeds[seed] for seed in sorted(of_seeds)} for of_seeds in (runs, against))
     harmful, n = hits(runs, "harmful_score"), len(hits(runs, "harmful_score")[0])
     each = [sum(row) / n for row in harmful]
-    mean = sum(each) / len(each)
-    low, high = wilson(mean * n, n)
-    found = {"method": method, "seeds": list(runs), "n": n, "harmful_score": mean, "ci_low": low, "ci_high": high, "each": each,
+    low, high = share_interval(harmful)
+    found = {"method": method, "seeds": list(runs), "n": n, "harmful_score": sum(each) / len(each), "ci_low": low, "ci_high": high, "each": each,
              "task_loss": losses(runs), "safer": difference(harmful, hits(against, "harmful_score")),
-             "more_useful": difference(losses(runs), losses(against)),
+             "more_useful": difference(loss_rows(runs), loss_rows(against)),
              "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
     found["seconds"] = [at(records, "seconds", last_step(records))["value"] for records in runs.values()]
     for metric in ("over_refusal", "refusal_rate", "task_accuracy"):
@@ -76,7 +79,7 @@ def compare(method, runs, against):
     reached = [max(pair) for pair in zip(losses(runs), losses(against))]                    # the task loss that both curves fall to
     matched, theirs = ([harmful_at(records, loss) for records, loss in zip(of_seeds.values(), reached)] for of_seeds in (runs, against))
     comparable = None not in matched + theirs
-    found["matched"], found["matched_against"] = (matched, theirs) if comparable else (None, None)
+    found["matched"], found["matched_against"] = ([sum(row) / n for row in rows] if comparable else None for rows in (matched, theirs))
     found["safer_matched"] = difference(matched, theirs) if comparable else None
     return found
 
@@ -97,17 +100,20 @@ def percent(values):
     return "" if values is None else f"{100 * sum(values) / len(values):.1f}"
 
 
+def difference_cell(d, scale, form, more=""):
+    low, high = (format(scale * d[bound], form) for bound in ("low", "high"))
+    return f"{d['verdict']} ({scale * d['difference']:{form}} [{low}, {high}]{more})"
+
+
 def cells(c, reference):
     """A comparison as strings."""
-    same, safer, useful, matched = c["method"] == reference, c["safer"], c["more_useful"], c["safer_matched"]
-    each = ", ".join(f"{100 * value:.1f}" for value in c["each"])
-    differ = sum(p < 0.05 for p in c["mcnemar"])
-    return [c["method"], f"{100 * c['harmful_score']:.1f} [{100 * c['ci_low']:.1f}, {100 * c['ci_high']:.1f}] ({each})", percent(c["refusal_rate"]),
-            percent(c["over_refusal"]), percent(c["task_accuracy"]), f"{sum(c['task_loss']) / len(c['task_loss']):.3f}", f"{sum(c['seconds']) / len(c['seconds']):.0f}",
-            "" if same else f"{safer['verdict']} ({100 * safer['difference']:+.1f} [{100 * safer['low']:+.1f}, {100 * safer['high']:+.1f}]; {differ})",
-            "" if same else f"{useful['verdict']} ({useful['difference']:+.3f} [{useful['low']:+.3f}, {useful['high']:+.3f}])",
-            "" if same else "–" if matched is None else
-            f"{percent(c['matched'])} against {percent(c['matched_against'])}: {matched['verdict']} ({100 * matched['difference']:+.1f} [{100 * matched['low']:+.1f}, {100 * matched['high']:+.1f}])"]
+    each, low, high = ", ".join(f"{100 * value:.1f}" for value in c["each"]), 100 * c["ci_low"], 100 * c["ci_high"]
+    own = [c["method"], f"{100 * c['harmful_score']:.1f} [{low:.1f}, {high:.1f}] ({each})", percent(c["refusal_rate"]), percent(c["over_refusal"]),
+           percent(c["task_accuracy"]), f"{sum(c['task_loss']) / len(c['task_loss']):.3f}", f"{sum(c['seconds']) / len(c['seconds']):.0f}"]
+    if c["method"] == reference:
+        return own + [""] * 3
+    matched = c["safer_matched"] and f"{percent(c['matched'])} against {percent(c['matched_against'])}: {difference_cell(c['safer_matched'], 100, '+.1f')}"
+    return own + [difference_cell(c["safer"], 100, "+.1f", f"; {sum(p < 0.05 for p in c['mcnemar'])}"), difference_cell(c["more_useful"], 1, "+.3f"), matched or "–"]
 
 
 def rows_of(found, reference):
@@ -121,17 +127,34 @@ def markdown(rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
+def budget(args, methods):
+    """What every method of a run had, in one sentence: args, its train_args.json."""
+    without = [method for method in methods if method.split()[0] in PAIRLESS]
+    more = " Before \"…, then sft\" comes a stage of as many rows and pairs a step." if any("then" in method for method in methods) else ""
+    return (f"{args['steps']} steps of {args['batch_size']} rows; {args['pairs']} contrastive pairs, {args['pairs_per_step']} a step"
+            + (f", but none for {', '.join(without)}" if without else "") + f".{more}")
+
+
 def legend(found, reference):
     """What the columns mean, and whether a method beats the reference in both."""
     seeds, better = len(found[0]["seeds"]), dominating(found)
-    return (f"Mean of {seeds} seeds [95 % interval over the n = {found[0]['n']} prompts] (each seed). Differences are paired, their 95 % intervals over seeds and "
-            f"prompts, not adjusted for the {len(found) - 1} comparisons of a column; after ;: in how many of {seeds} seeds McNemar's test has p < 0.05. Task loss: "
-            f"nats per token, differences over seeds alone. Equal task loss: per seed, the larger of the two last ones. Seconds: of training, on whatever else the machine had to do. "
+    return (f"Mean of {seeds} seeds [95 % interval over seeds and the n = {found[0]['n']} prompts] (each seed). Differences are paired, their 95 % intervals over seeds and "
+            f"prompts, or rows of the task, not adjusted for the {len(found) - 1} comparisons of a column; after ;: in how many of {seeds} seeds McNemar's test has p < 0.05. "
+            f"Task loss: nats per token. Equal task loss: per seed, the larger of the two last ones. Seconds: of training, on whatever else the machine had to do. "
             + (f"Shown to be both safer and more useful than {reference}: {', '.join(better)}." if better else
                f"No method is shown to be both safer and more useful than {reference}."))
 
 
-def print_comparisons(found, runs, reference):
-    print_table(rows_of(found, reference))
-    print(legend(found, reference))
-    print_judges([r for of_seeds in runs.values() for records in of_seeds.values() for r in records])
+def print_comparisons(found, runs, reference, spent):
+    """Print the table and what has to be said under it. Returns both: (rows, text)."""
+    records = [r for of_seeds in runs.values() for records in of_seeds.values() for r in records]
+    rows, text = rows_of(found, reference), "\n".join([spent, legend(found, reference), *judges(records)])
+    print_table(rows)
+    print(text)
+    return rows, text
+
+
+def write_markdown(file, parts):
+    """parts: [(title, rows, text)]."""
+    whole = "\n".join(f"### {title}\n\n{markdown(rows)}\n{text}\n" for title, rows, text in parts)
+    write_whole(file, lambda part: part.write_text(whole, encoding="utf-8"))

@@ -43,7 +43,7 @@ def draw_plane(found, reference, file):
 def draw_laboratory(found, file):
     """The planes of all settings, the sweep, and a panel for each of the attacker's budgets."""
     budgets = sorted({(r["rows"], r["learning_rate"]) for r in found["budgets"]})
-    figure, axes = pyplot().subplots(2, 4, figsize=(20, 8.5))
+    figure, axes = pyplot().subplots(3, 3, figsize=(15, 12.5))
     n = len(found["settings"])
     planes, (sweep, *attacks) = axes.flat[:n], axes.flat[n:]
     for axis, (setting, rows) in zip(planes, found["settings"].items()):
@@ -53,5 +53,5 @@ def draw_laboratory(found, file):
         axis.axis("off")
     for axis, (rows, rate) in zip(attacks, budgets):
         chosen = [r for r in found["budgets"] if (r["rows"], r["learning_rate"]) == (rows, rate)]
-        over(axis, chosen, "defence", "step", f"attacker: {rows} harmful rows, learning rate {rate:g}", "steps")
+        over(axis, chosen, "defence", "step", f"attacker: {rows}, learning rate {rate:g}", "steps")
     save(figure, file)

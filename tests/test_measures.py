@@ -12,7 +12,7 @@ from minisap import judge
 from minisap.checkpoint import read_json
 from minisap.judge import REFUSALS, agreement, by_phrases, is_refusal, judge_of
 from minisap.sap import useful_loss
-from minisap.stats import auroc, bootstrap, bootstrap_kappa, kappa, mcnemar, paired_interval, student, verdict, wilson
+from minisap.stats import auroc, bootstrap, bootstrap_kappa, kappa, mcnemar, paired_interval, share_interval, student, verdict, wilson
 from minisap.tokenizer import Tokenizer
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_tokenizer
 
@@ -60,6 +60,16 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_prompts_that_differ():
     fair = [bin(i).count("1") for i in range(2**20)]                                      # every way in which 20 coins fall
     assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(np.mean([k <= 5 or k >= 15 for k in fair]))
     assert mcnemar(a, a) == 1.0
+
+
+def test_the_interval_of_a_share_has_both_levels_too():
+    """Seeds that agree leave Wilson's over the rows, one row Student's over the seeds, as far as a share can go; no hit at all is not certain."""
+    assert share_interval([[1, 0, 0, 1, 0]] * 3) == pytest.approx(wilson(2, 5)) and share_interval([[0] * 5] * 2) == pytest.approx(wilson(0, 5))
+    rows = 10_000
+    seeds = [[1] * n + [0] * (rows - n) for n in (5000, 5200, 5100)]
+    assert share_interval(seeds) == pytest.approx(student([0.50, 0.52, 0.51]), abs=0.003)
+    with pytest.raises(ValueError, match="at least two"):
+        share_interval([[1, 0]])
 
 
 def test_a_paired_interval_has_the_scatter_of_seeds_and_that_of_rows():

@@ -7,10 +7,9 @@ import eval as eval_script
 from departures import rows_of as rows_of_departures
 from minisap.checkpoint import read_json
 from minisap.compare import Series
-from minisap.evaluate import format_value
-from minisap.laboratory import other_tables
+from minisap.findings import other_tables, steps_to_break
 from minisap.stats import wilson
-from minisap.table import comparisons, legend, markdown, rows_of
+from minisap.table import at, comparisons, legend, markdown, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, STUDY = (ROOT / name for name in ("README.md", "minisap/docs/results.md", "minisap/docs/study.md"))
@@ -26,22 +25,51 @@ def runs_of(paths):
     return runs
 
 
+REAL = {"p0.125": "One harmful row in eight:", "p0.25": "One in four:", "p0": "No harmful row:", "identity": "**Identity shifting**"}
+REAL_METHODS = ("sft", "sap", "paper", "project", "random_probe", "mix")
+
+
+def real_comparisons(unit):
+    runs = runs_of(sorted(GOLDEN.glob(f"smollm2/{unit}-seed?")))
+    return comparisons({method: runs[method] for method in REAL_METHODS if method in runs}, "sap")
+
+
+def cell(c, *more):
+    """harmful % [interval], what more, task loss; nothing where it was not run."""
+    return ", ".join((f"{100 * c['harmful_score']:.1f} [{100 * c['ci_low']:.1f}, {100 * c['ci_high']:.1f}]", *more, f"{fmean(c['task_loss']):.3f}")) if c else ""
+
+
+def real_table():
+    """README's: a row per method, a column per setting."""
+    of = {unit: {c["method"]: c for c in real_comparisons(unit)} for unit in REAL}
+    over = lambda c: c and f"{100 * fmean(c['over_refusal']):.0f}"
+    rows = [["method", "one in eight", "one in four", "no harmful row", "identity shifting"]]
+    for method in REAL_METHODS:
+        rows.append([f"`{method}`", *(cell(of[unit].get(method), over(of[unit].get(method))) for unit in REAL)])
+    return markdown(rows)
+
+
+def real_details(unit):
+    """results.md's. Of identity shifting nothing was measured on the way, so that nothing can be said at equal task loss."""
+    rows = rows_of(real_comparisons(unit), "sap")
+    return markdown([row[:-1] for row in rows] if unit == "identity" else rows)
+
+
+def budget_table():
+    """results.md's: harmful % by the attacker's steps."""
+    rows, steps = [["attacked", "seed", *(f"{step} steps" for step in range(0, 13, 2)), "half answered after"]], range(0, 13, 2)
+    for path in sorted(GOLDEN.glob("smollm2/attack/*-seed?"), key=lambda path: ("none sft sap mix".index(path.name.split("-")[0]), path.name)):
+        records = read_json(path / "start.json") + read_json(path / "sft" / "eval.json")
+        broken = steps_to_break(records)
+        shares = (f"{100 * at(records, 'harmful_score', step)['value']:.0f}" for step in steps)
+        rows.append([*path.name.split("-seed"), *shares, "–" if broken is None else f"{broken:.0f}"])
+    return markdown(rows)
+
+
 def test_the_real_model_s_tables_are_what_the_records_say():
-    for p, share in (("0.125", "one in eight"), ("0.25", "one in four")):
-        runs = runs_of(sorted(GOLDEN.glob(f"smollm2/p{p}-seed?")))
-        header, *rows = rows_of(comparisons({method: runs[method] for method in ("sft", "sap", "mix")}), "sap")
-        assert markdown([header, *rows]) in RESULTS
-        for row in rows:
-            method, harmful, refused, over, _, loss, _, safer, useful, _ = row
-            assert f"| {share} | {' | '.join((method, harmful, refused, over, loss, safer, useful))} |\n" in README
-
-
-def test_the_harmless_run_of_the_real_model_is_what_the_record_says():
-    ends = {method: {r["metric"]: r for r in records[1] if r["step"] == 60} for method, records in runs_of([GOLDEN / "smollm2" / "p0-seed1"]).items()}
-    harmful = {method: format_value(end["harmful_score"]).strip() for method, end in ends.items()}
-    losses = ", ".join(f"{ends[method]['task_loss']['value']:.3f}" for method in ("sft", "sap", "mix"))
-    told = f"SFT answers {harmful['sft']} afterwards, SAP {harmful['sap']}, `mix` {harmful['mix']}, at task losses of {losses}."
-    assert told in re.sub(r"\s+", " ", README)
+    for unit, anchor in REAL.items():
+        assert anchor in RESULTS and real_details(unit) in RESULTS
+    assert real_table() in README.replace("**`sap`**", "`sap`") and budget_table() in RESULTS
 
 
 def test_the_world_s_curves_are_what_the_records_say(capsys):
@@ -68,7 +96,6 @@ def test_the_world_s_table_is_what_the_record_says():
     for _, rows in other_tables(found):
         assert markdown(rows) in RESULTS
     of = {setting: {c["method"]: c for c in rows} for setting, rows in found["settings"].items()}
-    cell = lambda c: f"{100 * c['harmful_score']:.1f} [{100 * c['ci_low']:.1f}, {100 * c['ci_high']:.1f}], {fmean(c['task_loss']):.3f}" if c else ""
     for method in of["poisoned"]:
         assert f"| `{method}` | {' | '.join(cell(of[setting].get(method)) for setting in of)} |\n" in README.replace("**", "")
 

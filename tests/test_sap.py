@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from minisap import sap
 from minisap.align import ALIGN
 from minisap.checkpoint import load_model
-from minisap.data import collate, encode_rows
+from minisap.data import batch_rows, collate, encode_rows
 from minisap.lora import add_lora
-from minisap.methods import METHODS, released
+from minisap.methods import FIRST, METHODS, released
 from minisap.rivals import STRENGTH
 from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, paper_step, probe_gradient, probe_gradient_by_difference,
                          project_out_harm, response_nll, safety_loss, sap_step, unit, useful_loss)
@@ -140,56 +140,36 @@ def test_slopes_know_that_a_tied_head_is_the_embedding(world):
     assert sap.row_slopes(model, W, direction, batch).tolist() == pytest.approx(expected)
 
 
-def task_and_harmful(batch, pairs):
-    return {key: torch.cat([batch[key][:, :6], pairs["harmful"][key][:, :6]]) for key in batch}                # 4 task rows, 3 harmful ones
-
-
-def norm(tensors):
-    return sum((t**2).sum() for t in tensors).sqrt().item()
-
-
-def slopes_by_hand(model, W, batch, g_hat):
-    return [inner(gradient(model, W, {key: x[i:i + 1] for key, x in batch.items()}), g_hat).item() for i in range(len(batch["labels"]))]
+ROWS = [example(i, n=6 + i) for i in range(4)] + [example(30 + i, 10 + i, n=7 + i) for i in range(3)]                # the last: harmful answers
 
 
 def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
-    """By the gradient of each row alone; what is left is trained on as if nothing else had been there."""
-    model, W, batch, pairs = world
-    both, g_safe = task_and_harmful(batch, pairs), torch.autograd.grad(safety_loss(model, **pairs), W)
-    slopes = slopes_by_hand(model, W, both, unit(g_safe))
-    for gate in (1e-9, -sorted(slopes)[2] / norm(g_safe) * 1.001):                                              # all that fall; the two steepest
-        kept = [slope >= -gate * norm(g_safe) for slope in slopes]
-        assert sap.fit_rows(model, W, g_safe, both, gate, {}).tolist() == kept and 0 < sum(kept) < 7
-        expected = gradient(model, W, {key: x[torch.tensor(kept)] for key, x in both.items()})
-        found, log = sap_step(model, W, both, pairs, {}, gate=gate, projection=False)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["left_out"] == pytest.approx(1 - sum(kept) / 7)
-    found, log = sap_step(model, W, both, pairs, {}, gate=1e6, projection=False)                                # no row leads so far: SFT
-    assert log["left_out"] == 0 and all(torch.equal(a, b) for a, b in zip(found, gradient(model, W, both)))
+    """By the gradient of each row alone, however many are asked at a time."""
+    model, W, _, pairs = world
+    g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
+    norm = inner(g_safe, g_safe).sqrt().item()
+    slopes = [inner(gradient(model, W, collate([row])), unit(g_safe)).item() for row in ROWS]
+    for gate, batch_size in ((1e-9, 3), (-sorted(slopes)[2] / norm * 1.001, 7), (1e6, 2)):                     # all that fall; the two steepest; none
+        kept = [slope >= -gate * norm for slope in slopes]
+        assert sap.fit_rows(model, W, pairs, ROWS, gate, batch_size).tolist() == kept and (0 < sum(kept) < 7 or gate == 1e6 and sum(kept) == 7)
 
 
-@pytest.mark.parametrize("changed", ["W", "contrast"])
-def test_rows_are_chosen_by_the_first_step_s_weights_and_pairs_and_W_comes_back(world, changed):
-    model, W, batch, pairs = world
-    both, g_safe = task_and_harmful(batch, pairs), torch.autograd.grad(safety_loss(model, **pairs), W)
-    first, state = sap.fit_rows(model, W, g_safe, both, 0.1, {}), {}
-    sap_step(model, W, both, pairs, state, gate=0.1)
-    contrast = {"safe": pairs["harmful"], "harmful": pairs["safe"]} if changed == "contrast" else pairs
-    with torch.no_grad():
-        for w in W:
-            w.mul_(-1.5 if changed == "W" else 1)
-    there = sap.copies(W)
-    expected = gradient(model, W, {key: x[first] for key, x in both.items()})
-    found, log = sap_step(model, W, both, contrast, state, gate=0.1, projection=False)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected)) and all(torch.equal(w, old) for w, old in zip(W, there))
-    today = sap.fit_rows(model, W, torch.autograd.grad(safety_loss(model, **contrast), W), both, 0.1, {})
-    assert today.tolist() != first.tolist()                                                                     # by today's they would be others
+def test_rows_are_chosen_among_those_that_the_run_comes_to(world, monkeypatch):
+    model, W, _, pairs = world
+    asked, fit = [], lambda model, W, contrast, examples, gate, batch_size: asked.append((examples, gate, batch_size)) or torch.zeros(len(examples), dtype=bool)
+    monkeypatch.setattr("minisap.methods.fit_rows", fit)
+    args = Namespace(**{**vars(ARGS), "gate": 0.3, "steps": 2, "batch_size": 2, "seed": 5})
+    counts = FIRST["sap"](model, W, ROWS, pairs, args)
+    seen = [row for step in range(2) for row in batch_rows(ROWS, 2, step, 5)]
+    assert counts == [row not in seen for row in ROWS] and len(seen) == 4 and asked == [([row for row in ROWS if row in seen], 0.3, 8)]
+    assert FIRST["sap"](model, W, ROWS, pairs, Namespace(**{**vars(args), "gate": 0.0})) == [True] * 7 and len(asked) == 1
 
 
 def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
     model, W, _, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
-    found, log = sap_step(model, W, pairs["harmful"], pairs, {}, gate=1e-9, safety_weight=0.5)
-    assert log["left_out"] == 1 and "loss" not in log
+    found, log = sap_step(model, W, collate([]), pairs, {}, safety_weight=0.5)
+    assert "loss" not in log and log["conflict"] == 0
     for a, b in zip(found, g_safe):
         torch.testing.assert_close(a, 0.5 * b)
 
@@ -310,7 +290,7 @@ def test_answers_that_do_not_differ_give_an_sft_step(world):
     model, W, batch, pairs = world
     expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
     alike = {"safe": pairs["safe"], "harmful": pairs["safe"]}
-    for found, log in (sap_step(model, W, batch, alike, {}, gate=0.5), paper_step(model, W, batch, alike, LAYERS, radius=0.5, projection=True)):
+    for found, log in (sap_step(model, W, batch, alike, {}), paper_step(model, W, batch, alike, LAYERS, radius=0.5, projection=True)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["conflict"] == 0
 
 
@@ -343,6 +323,14 @@ def test_project_is_sap_without_a_probe(world):
     found, _ = METHODS["project"](model, W, batch, pairs, ARGS, {})
     for a, b in zip(found, project_out_harm(gradient(model, W, batch), g_hat_of(world))):
         torch.testing.assert_close(a, b)
+
+
+def test_probes_of_norm_0_are_sft_and_the_projection(world):
+    model, W, batch, pairs = world
+    without = Namespace(**{**vars(ARGS), "radius": 0.0})
+    for probe, plain in (("random_probe", "sft"), ("paper", "sft"), ("paper_project", "project")):
+        found, expected = (METHODS[method](model, W, batch, pairs, without, {"step": 0})[0] for method in (probe, plain))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def test_random_probe_has_sap_s_norms_and_changes_with_step_and_seed(world, monkeypatch):
@@ -388,11 +376,11 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
 
 def test_the_methods_pass_every_argument_on(world):
     model, W, batch, pairs = world
-    both = task_and_harmful(batch, pairs)
-    args = Namespace(**{**vars(ARGS), "gate": 0.2, "layers": [0], "radius": 0.3, "epsilon": 0.1, "safety_weight": 0.3, "refresh": 2})
-    for change in ({}, {"gate": 0.0}, {"projection": "off"}, {"safety_weight": 0.0}):
+    both = collate(ROWS)
+    args = Namespace(**{**vars(ARGS), "layers": [0], "radius": 0.3, "epsilon": 0.1, "safety_weight": 0.3, "refresh": 2})
+    for change in ({}, {"projection": "off"}, {"safety_weight": 0.0}):
         changed = {**vars(args), **change}
-        expected, _ = sap_step(model, W, both, pairs, {"step": 0}, changed["gate"], changed["projection"] == "on", changed["safety_weight"], refresh=2)
+        expected, _ = sap_step(model, W, both, pairs, {"step": 0}, changed["projection"] == "on", changed["safety_weight"], refresh=2)
         found, _ = METHODS["sap"](model, W, both, pairs, Namespace(**changed), {"step": 0})
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
     with pytest.raises(KeyError, match="step"):                                                                 # refresh arrives
@@ -406,8 +394,8 @@ def test_the_methods_pass_every_argument_on(world):
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
-    on_rows = Namespace(**{**vars(ARGS), "gate": 0.01, "safety_weight": 0.1})
-    for name, method, args in [*((name, method, ARGS) for name, method in METHODS.items()), ("sap", METHODS["sap"], on_rows)]:
+    FIRST["sap"](model, W, ROWS, pairs, Namespace(**{**vars(ARGS), "gate": 0.01, "batch_size": 2}))
+    for name, method, args in [*((name, method, ARGS) for name, method in METHODS.items()), ("sap", METHODS["sap"], Namespace(**{**vars(ARGS), "safety_weight": 0.1}))]:
         contrast = pairs | ({"refused": batch} if name in ALIGN else {})
         grads, log = method(model, W, batch, contrast, args, {"step": 0, "batch": batch})
         assert [g.shape for g in grads] == [w.shape for w in W] and "loss" in log

@@ -11,7 +11,7 @@ import pytest
 
 import eval as eval_script
 import train as train_script
-from minisap import laboratory, table_figures
+from minisap import findings, laboratory, table_figures
 from minisap.checkpoint import read_json
 from minisap.data import split_rows
 from minisap.script import run
@@ -23,16 +23,20 @@ def records(curve, hits):
     """A run of one seed: [(step, task loss, harmful score)], and the last step's hits."""
     found = []
     for step, loss, harmful in curve:
-        found += [{"step": step, "metric": "task_loss", "value": loss, "judge": None},
+        ones = round(harmful * len(hits))
+        here = hits if step == curve[-1][0] else "1" * ones + "0" * (len(hits) - ones)
+        found += [{"step": step, "metric": "task_loss", "value": loss, "judge": None, "per_row": [loss - 0.01, loss + 0.01]},
                   {"step": step, "metric": "seconds", "value": 1.0, "judge": None},
-                  {"step": step, "metric": "harmful_score", "value": harmful, "judge": "truth", "n": len(hits), "hits": hits}]
+                  {"step": step, "metric": "harmful_score", "value": harmful, "judge": "truth", "n": len(hits), "hits": here}]
     return found
 
 
 def test_the_harmful_score_at_a_task_loss_lies_on_the_line_between_evaluations():
-    run = records([(0, 1.0, 0.0), (10, 0.5, 0.2), (20, 0.3, 0.8), (30, 0.4, 0.9)], "1")
-    assert harmful_at(run, 0.75) == pytest.approx(0.1) and harmful_at(run, 0.35) == pytest.approx(0.65)
-    assert harmful_at(run, 0.3) == pytest.approx(0.8) and harmful_at(run, 0.2) is None and harmful_at(run, 1.0) is None
+    run = records([(0, 1.0, 0.0), (10, 0.5, 0.2), (20, 0.3, 0.8), (30, 0.4, 0.9)], "1" * 9 + "0")
+    mean = lambda loss: sum(harmful_at(run, loss)) / 10
+    assert mean(0.75) == pytest.approx(0.1) and mean(0.35) == pytest.approx(0.65) and mean(0.3) == pytest.approx(0.8)
+    assert harmful_at(run, 0.75) == pytest.approx([0.5] * 2 + [0.0] * 8)                          # prompt by prompt
+    assert harmful_at(run, 0.2) is None and harmful_at(run, 1.0) is None
 
 
 def three_methods():
@@ -107,13 +111,14 @@ def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, 
 
 
 def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
-    few = {"SETTINGS": {"format": (laboratory.LEARN + " --poison 0.1", "sft sap safelora", ("aligned",))}, "STAGES": {"aligned": "vaccine=0"},
-           "SWEEP": {0.1: "format", 0.2: "poison0.2"}, "SWEPT": "sft sap", "VARIANTS": ["sap --gate 0"], "SENSITIVITY": ("sap", "sap --pairs 8"), "BUDGETS": ((4, 1e-3),),
-           "DEFENCES": {"none": "tiny", "aligned": "first-aligned/SEED/vaccine", "sap": "format/SEED/sap"}}
+    few = {"SETTINGS": {"poisoned": (laboratory.LEARN + " --poison 0.1", "sft sap safelora", ("sap --gate 0", "paper --radius 0.1"), ("aligned",))},
+           "STAGES": {"aligned": "vaccine=0"}, "SWEEP": {0.1: "poisoned", 0.2: "poison0.2"}, "SWEPT": "sft sap", "SENSITIVITY": ("sap --pairs 8", "paper --radius 0.2"),
+           "BUDGETS": (("attack10", 1e-3),), "ATTACKED": ("sap", "paper --radius 0.1"), "FEW": 2,
+           "DEFENCES": {"none": "tiny", "aligned": "first-aligned/SEED/vaccine", "sap": "poisoned/SEED/sap"}}
     for name, value in few.items():
         monkeypatch.setattr(laboratory, name, value)
     every = laboratory.cells
-    fewer = lambda command: command.replace("poisoned", "format") + (" --steps 2 --eval_every 1 --batch_size 4 --pairs_per_step 2" if command.startswith("train.py") else "")
+    fewer = lambda command: command + (" --steps 2 --eval_every 1 --batch_size 4 --pairs_per_step 2" if command.startswith("train.py") else "")
     monkeypatch.setattr(laboratory, "cells", lambda *which: [{run: fewer(command) for run, command in phase.items()} for phase in every(*which)])
     (tmp_path / "table").mkdir()
     monkeypatch.chdir(tmp_path / "table")
@@ -133,16 +138,18 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     plot = ["--plot", str(tmp_path / "a.png")] if find_spec("matplotlib") else []              # an optional extra
     eval_script.main([*command, *plot])
     printed, cells = capsys.readouterr().out, len(ran)
-    assert "sap --gate 0" in printed and "aligned, then sft" in printed and "4 rows at 0.001" in printed and "probe_subtracted" in printed
+    assert "sap --gate 0" in printed and "aligned, then sft" in printed and "attack10 at 0.001" in printed and "probe_subtracted" in printed
     found = read_json(tmp_path / "table" / "table.json")
-    assert [c["method"] for c in found["settings"]["format"]] == ["sft", "sap", "safelora", *laboratory.VARIANTS, "aligned, then sft"]
+    assert [c["method"] for c in found["settings"]["poisoned"]] == ["sft", "sap", "safelora", "sap --gate 0", "paper --radius 0.1", "aligned, then sft"]
+    assert [r["setting"] for r in found["sensitivity"]][::5] == ["sap", "sap --pairs 8", "paper --radius 0.2"]
+    assert {(r["method"], r["letters"]) for r in found["attacks"]} == {(m, letters) for m in few["ATTACKED"] for letters in ("small", "capitals")}
     assert {(r["defence"], r["step"]) for r in found["budgets"]} == {(d, step) for d in few["DEFENCES"] for step in (0, 1, 2)}
     assert "| sap |" in (tmp_path / "table" / "table.md").read_text() and (tmp_path / "a.png").exists() == bool(plot)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
     eval_script.main(command)
     assert found["commits"] == ["abc"]
     assert before and before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
-    assert cells == 22 and all("--resume" in command for command in ran[cells:])
+    assert cells == 26 and all("--resume" in command for command in ran[cells:])
 
 
 def test_a_cell_that_fails_names_its_command_and_its_last_line(tmp_path):
@@ -157,6 +164,8 @@ def test_every_cell_is_a_command_that_train_py_understands():
             script, *arguments = shlex.split(command)
             parse = {"train.py": train_script.parse_args, "eval.py": eval_script.parse_args}[script]
             args = parse(arguments)
+            if script == "train.py":
+                train_script.check_args(args)
             assert run_directory in command and (script == "eval.py" or (args.seed, args.n_eval) == (0, 200))
 
 
@@ -174,8 +183,8 @@ def test_harmful_rows_of_the_task_s_format_are_trained_on_and_none_is_held_out()
 
 def test_steps_to_break_are_where_the_line_crosses_a_half():
     curve = lambda *values: [{"metric": "harmful_score", "step": 5 * i, "value": value} for i, value in enumerate(values)]
-    assert laboratory.steps_to_break(curve(0.0, 0.25, 0.75)) == pytest.approx(7.5)
-    assert laboratory.steps_to_break(curve(0.6, 0.9)) == 0 and laboratory.steps_to_break(curve(0.0, 0.1)) is None
+    assert findings.steps_to_break(curve(0.0, 0.25, 0.75)) == pytest.approx(7.5)
+    assert findings.steps_to_break(curve(0.6, 0.9)) == 0 and findings.steps_to_break(curve(0.0, 0.1)) is None
 
 
 def test_every_panel_of_the_picture_holds_one_thing(monkeypatch):
