@@ -92,7 +92,7 @@ def cells(seed, n_eval, few=True):
     first = {f"first-{stage}/{at_seed}": f"--method {knob.split('=')[0]} --strength {knob} --poison 0" for stage, knob in STAGES.items()}
     main, attacks, attacked = {}, {}, {}
     for setting, (flags, methods, variants, stages) in SETTINGS.items():
-        main[f"{setting}/{at_seed}"] = f"--method {methods} {strengths(methods)} {flags}" + " --before tiny/instruct" * ("safelora" in methods)
+        main[f"{setting}/{at_seed}"] = f"--method {methods} {strengths(methods)} {flags}" + " --before tiny/instruct" * ("safelora" in methods.split())
         for i, variant in enumerate(variants):
             main[f"{setting}-variant{i}/{at_seed}"] = f"--method {variant} {flags}"
         for stage in stages:

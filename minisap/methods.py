@@ -3,6 +3,7 @@
 batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
 args    gate, projection, safety_weight, refresh, layers, radius, epsilon, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
+A method may choose its rows before the first step (FIRST, below), and change W after the last (AFTER, in rivals.py).
 """
 import numpy as np
 import torch

@@ -31,9 +31,12 @@ def losses(runs):
     return [at(records, "task_loss", last_step(records))["value"] for records in runs.values()]
 
 
-def loss_rows(runs):
-    """[[what each row adds to the task loss] per seed] after the last step; of older runs, that did not keep it, the loss itself as one row."""
-    return [r.get("per_row", [r["value"]]) for r in (at(records, "task_loss", last_step(records)) for records in runs.values())]
+def loss_rows(*both):
+    """Of each of both runs: [[what each row adds to the task loss] per seed] after the last step; the loss itself as one row where an older run did
+    not keep that."""
+    found = [[at(records, "task_loss", last_step(records)) for records in runs.values()] for runs in both]
+    kept = all("per_row" in r for of_seeds in found for r in of_seeds)
+    return [[r["per_row"] if kept else [r["value"]] for r in of_seeds] for of_seeds in found]
 
 
 def harmful_at(records, loss):
@@ -70,7 +73,7 @@ def compare(method, runs, against):
     low, high = share_interval(harmful)
     found = {"method": method, "seeds": list(runs), "n": n, "harmful_score": sum(each) / len(each), "ci_low": low, "ci_high": high, "each": each,
              "task_loss": losses(runs), "safer": difference(harmful, hits(against, "harmful_score")),
-             "more_useful": difference(loss_rows(runs), loss_rows(against)),
+             "more_useful": difference(*loss_rows(runs, against)),
              "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
     found["seconds"] = [at(records, "seconds", last_step(records))["value"] for records in runs.values()]
     for metric in ("over_refusal", "refusal_rate", "task_accuracy"):

@@ -45,6 +45,8 @@ def real_table():
     over = lambda c: c and f"{100 * fmean(c['over_refusal']):.0f}"
     rows = [["method", "one in eight", "one in four", "no harmful row", "identity shifting"]]
     for method in REAL_METHODS:
+        if not any(method in of[unit] for unit in REAL):
+            continue
         rows.append([f"`{method}`", *(cell(of[unit].get(method), over(of[unit].get(method))) for unit in REAL)])
     return markdown(rows)
 
@@ -93,6 +95,8 @@ def test_the_world_s_table_is_what_the_record_says():
     for setting in found["settings"].values():
         assert markdown(rows_of(setting, found["against"])) in RESULTS
     assert legend(found["settings"]["poisoned"], found["against"]) in re.sub(r"\s+", " ", RESULTS)
+    for page in (README, RESULTS):
+        assert all(f"commit {commit}" in page for commit in found["commits"]) and found["date"] == "2026-11-27" and "27 November 2026" in page
     for _, rows in other_tables(found):
         assert markdown(rows) in RESULTS
     of = {setting: {c["method"]: c for c in rows} for setting, rows in found["settings"].items()}

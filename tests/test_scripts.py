@@ -85,6 +85,13 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
     assert cut == whole and len(whole) == (20 if "--eval_every" in more else 5)
 
 
+def test_a_method_joins_a_run_that_has_another_s_flags(start, tmp_path):
+    out = train(start, tmp_path / "run", "--method", "sap", "--gate", "0.1")
+    with pytest.raises(ValueError, match="gate = 0.1, this command gate = 0.5"):
+        train(start, out, "--method", "mix", "--resume")
+    assert (train(start, out, "--method", "mix", "--gate", "0.1", "--resume") / "mix" / "eval.json").exists()
+
+
 def test_looking_at_an_average_on_the_way_changes_nothing(start, tmp_path):
     runs = [train(start, tmp_path / every, "--method", "ema", "--strength", "ema=0.5", "--eval_every", every) for every in ("0", "1")]
     assert len({(run / "ema" / "model.safetensors").read_bytes() for run in runs}) == 1

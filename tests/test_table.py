@@ -189,9 +189,9 @@ def test_steps_to_break_are_where_the_line_crosses_a_half():
 
 def test_every_panel_of_the_picture_holds_one_thing(monkeypatch):
     """Of the committed record: a dot per method, a line per method or defence."""
-    axes = np.empty((2, 3), dtype=object)
-    for i in range(6):
+    axes = np.empty((3, 3), dtype=object)
+    for i in range(9):
         axes.flat[i] = MagicMock(plot=MagicMock(return_value=[MagicMock()]))
     monkeypatch.setattr(table_figures, "pyplot", lambda: MagicMock(subplots=lambda *shape, **options: (MagicMock(), axes)))
     table_figures.draw_laboratory(read_json(Path(__file__).parent / "golden" / "world" / "table.json"), "a.png")
-    assert [(axis.errorbar.call_count, axis.plot.call_count) for axis in axes.flat] == [(24, 0), (14, 0), (12, 0), (0, 4), (0, 7), (0, 7)]
+    assert [(axis.errorbar.call_count, axis.plot.call_count) for axis in axes.flat] == [(24, 0), (10, 0), (12, 0), (5, 0), (0, 4)] + [(0, 7)] * 4

@@ -1,0 +1,242 @@
+"""Time and memory of our steps beside those of transformers and peft: the same weights, rows and threads, in one run, in turn.
+
+    pip install transformers peft && python tests/benchmark.py --json benchmark.json     smollm2-135m-q4, about ten minutes on two cores
+    python tests/benchmark.py --model X --dtype bfloat16 --device cuda --ours            ours alone, of any checkpoint
+
+Rows are the built-in ones, three to a conversation. Seconds are medians over --repetitions, after two steps that are not counted; a peak of memory is
+that of a process of its own. "of the peak": the FLOPs that `flops` counts, as a share of what this machine does in one large matrix product.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from minisap import demo  # noqa: E402
+from minisap.checkpoint import DTYPES, load_config, load_model  # noqa: E402
+from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows  # noqa: E402
+from minisap.evaluate import print_table  # noqa: E402
+from minisap.lora import add_lora  # noqa: E402
+from minisap.methods import METHODS, ROWS_PER_ROW  # noqa: E402
+from minisap.sap import harmful_direction, slopes_of  # noqa: E402
+from minisap.script import find_model  # noqa: E402
+from minisap.tokenizer import Tokenizer  # noqa: E402
+from train import update  # noqa: E402
+
+RELEASED_LAYERS, RELEASED_EPSILON, RELEASED_LR = (3, 9), 2e-5, 0.05         # layers of 32
+NEW_TOKENS, PROMPTS = 64, 32
+
+
+def joined(rows, keys, n=3):
+    """Every n rows as one."""
+    return [{key: " ".join(row[key] for row in rows[i:i + n]) for key in keys} | {"source": rows[i]["source"]} for i in range(0, len(rows) - n, n)]
+
+
+def batches(args):
+    """Functions of the step: (examples of the task, batch, contrast)."""
+    tokenizer = Tokenizer(args.model)
+    task = encode_rows(tokenizer, joined(demo.task_rows(), ("prompt", "response")), args.max_len)
+    pairs = encode_pairs(tokenizer, joined(demo.safety_rows()[::5], ("prompt", "safe", "harmful"), 2), args.max_len)
+    examples = lambda step: batch_rows(task, args.batch_size, step, 0)
+    return (examples, lambda step: collate(examples(step), device=args.device),
+            lambda step: contrast_batch(pairs, args.pairs, step, 0, args.device))
+
+
+def synchronised(args):
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ours(args, method):
+    """step(i) of a method as train.py takes it."""
+    model = load_model(args.model, DTYPES[args.dtype], args.device)
+    W, state = add_lora(model), {"step": 0}
+    optimizer, (_, batch, contrast) = torch.optim.AdamW(W, lr=1e-5, weight_decay=0.0), batches(args)
+    options = Namespace(layers=list(range(model.config.n_layers // 3, 2 * model.config.n_layers // 3)), radius=0.002, epsilon=0.0, projection="on",
+                        safety_weight=0.02, refresh=1, strength={})
+
+    def step(i):
+        grads, _ = METHODS[method](model, W, batch(i), contrast(i), options, state)
+        update(optimizer, W, grads, 1.0, 1e-5)
+    return step
+
+
+def ours_filter(args):
+    """step(i) is what sap does before its first step, for as many rows as a step has: each row is asked once."""
+    model = load_model(args.model, DTYPES[args.dtype], args.device)
+    W, (examples, _, contrast) = add_lora(model), batches(args)
+    g_hat = harmful_direction(model, W, **contrast(0))
+
+    def step(i):
+        if i % ROWS_PER_ROW == 0:
+            slopes_of(model, W, g_hat, [row for j in range(ROWS_PER_ROW) for row in examples(i + j)], ROWS_PER_ROW * args.batch_size)
+    return step
+
+
+def theirs(args, released=False):
+    """step(i) by transformers and peft: SFT, or the three passes of the paper's released schedule: L_safe; the task at W + ε ‖W‖ ĝ, for V;
+    the task at W with the V of the batch before, for W and V."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    W = [w for w in model.parameters() if w.requires_grad]
+    optimizer, (_, batch, contrast) = torch.optim.AdamW(W, lr=1e-5, weight_decay=0.0), batches(args)
+    nll = lambda one: model(input_ids=one["input_ids"], labels=one["labels"]).loss
+    layers = [base.model.layers[base.config.num_hidden_layers * j // 32].mlp.down_proj for j in RELEASED_LAYERS] if released else []
+    V = [torch.zeros(layer.out_features, device=args.device, dtype=DTYPES[args.dtype], requires_grad=True) for layer in layers]
+    for layer, v in zip(layers, V):
+        layer.register_forward_hook(lambda _, inputs, output, v=v: output + v)
+
+    def step(i):
+        here = batch(i)
+        g = torch.autograd.grad(nll(here), [*W, *V])
+        for w, g_w in zip(W, g):
+            w.grad = g_w
+        torch.nn.utils.clip_grad_norm_(W, 1.0)
+        optimizer.step()
+        if released:
+            pairs = contrast(i)
+            direction = torch.autograd.grad(nll(pairs["safe"]) - nll(pairs["harmful"]), W)
+            size = torch.stack([d.norm() for d in direction]).norm()
+            shift = [RELEASED_EPSILON * torch.stack([w.detach().norm() for w in W]).norm() * d / size for d in direction]
+            with torch.no_grad():
+                torch._foreach_add_(W, shift)
+            there = torch.autograd.grad(nll(here), V)
+            with torch.no_grad():
+                torch._foreach_sub_(W, shift)
+                for v, a, b in zip(V, there, g[len(W):]):
+                    v.copy_(RELEASED_LR * torch.sign(a - b))                                           # AdamW's first step from zero
+    return step
+
+
+def our_generation(args):
+    model, tokenizer = load_model(args.model, DTYPES[args.dtype], args.device), Tokenizer(args.model)
+    ids = [encode_prompt(tokenizer, row["prompt"]) for row in demo.task_rows(PROMPTS)]
+    return lambda i: model.generate(ids, NEW_TOKENS)
+
+
+def their_generation(args):
+    from transformers import AutoModelForCausalLM
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device), Tokenizer(args.model)
+    ids = [encode_prompt(tokenizer, row["prompt"]) for row in demo.task_rows(PROMPTS)]
+    T = max(map(len, ids))
+    padded = torch.tensor([[0] * (T - len(row)) + row for row in ids], device=args.device)
+    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in ids], device=args.device)
+    return lambda i: model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+
+
+def loading(args):
+    return lambda i: load_model(args.model, DTYPES[args.dtype], args.device)
+
+
+SUBJECTS = {"sft": lambda args: ours(args, "sft"), "sap": lambda args: ours(args, "sap"), "sap_filter": ours_filter,
+            "paper_project": lambda args: ours(args, "paper_project"), "generate": our_generation, "load": loading}
+THEIRS = {"hf_sft": theirs, "hf_released": lambda args: theirs(args, released=True), "hf_generate": their_generation}
+
+
+def flops(config, batch, passes):
+    """FLOPs of `passes` forward passes of a batch: 2 per weight of the layers and token, 2 per weight of the head and label, and 4 · T · heads · width
+    of a head per token for causal attention's two products, halved. With LoRA a backward pass is about one forward pass: frozen weights have no gradient."""
+    B, T = batch["input_ids"].shape
+    D, M, heads = config.hidden_size, config.intermediate_size, config.n_heads * config.head_dim
+    layer = 2 * D * heads + 2 * D * config.n_kv_heads * config.head_dim + 3 * D * M
+    labels = (batch["labels"] != -100).sum().item()
+    return passes * (config.n_layers * B * T * (2 * layer + 2 * T * heads) + 2 * D * config.vocab_size * labels)
+
+
+def matmul_peak(args, n=4096):
+    """FLOP/s of a product of two (n, n) matrices: the best of ten."""
+    a, b = (torch.randn(n, n, dtype=DTYPES[args.dtype], device=args.device) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        began = synchronised(args)
+        a @ b
+        seconds.append(synchronised(args) - began)
+    return 2 * n**3 / min(seconds)
+
+
+def measured(args, names):
+    """{name: median seconds}, the subjects in turn."""
+    steps = {name: (SUBJECTS | THEIRS)[name](args) for name in names}
+    seconds = {name: [] for name in names}
+    for i in range(2 + args.repetitions):
+        for name, step in steps.items():
+            few = name.endswith(("generate", "load")) and i > 4
+            began = synchronised(args)
+            if not few:
+                step(ROWS_PER_ROW * i)
+                seconds[name].append(synchronised(args) - began)
+    return {name: statistics.median(of_name[2:]) for name, of_name in seconds.items()}
+
+
+def peak_of(args, name):
+    """Bytes at the peak of three steps in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak", name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def report_peak(args):
+    step = (SUBJECTS | THEIRS)[args.peak](args)
+    for i in range(3):
+        step(ROWS_PER_ROW * i)
+    print(torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m-q4")
+    add("--ours", action="store_true", help="without transformers and peft")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", default="cpu")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--batch_size", type=int, default=8)
+    add("--pairs", type=int, default=4, help="contrastive pairs a step")
+    add("--max_len", type=int, default=128)
+    add("--repetitions", type=int, default=7)
+    add("--json", type=Path, metavar="FILE")
+    add("--peak", choices=[*SUBJECTS, *THEIRS], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.model = find_model("--model", args.model)
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        return report_peak(args)
+    names = [*SUBJECTS] + [*THEIRS] * (not args.ours)
+    report(args, measured(args, names), {name: peak_of(args, name) for name in names if name != "load"})
+
+
+def report(args, seconds, peaks):
+    """Print the table, and write the JSON."""
+    config, (_, batch, contrast) = load_config(args.model), batches(args)
+    task, pairs = batch(0), contrast(0)
+    seconds["sap"] += seconds["sap_filter"] / ROWS_PER_ROW                       # a row of the task is asked once in a run, and seen at least once
+    both = sum(flops(config, one, 1) for one in pairs.values())
+    counted = {"sft": flops(config, task, 2), "hf_sft": flops(config, task, 2), "sap": flops(config, task, 2 + 3) + 2 * both}
+    peak = matmul_peak(args)
+    print(f"{args.model.name}, {args.dtype}, {args.device}, {args.threads} threads; {task['input_ids'].numel()} task tokens and "
+          f"{sum(one['input_ids'].numel() for one in pairs.values())} contrastive tokens a step, padding included; matrix products at {peak / 1e9:.0f} GFLOP/s")
+    print_table([["", "seconds", "× sft", "of the peak", "peak memory, GiB"],
+                 *([name, f"{s:.3f}", f"{s / seconds['sft']:.2f}", f"{100 * counted[name] / s / peak:.0f} %" if name in counted else "",
+                    f"{peaks[name] / 2**30:.2f}" if name in peaks else ""] for name, s in seconds.items())])
+    found = {"sft_step_s": seconds["sft"], "sap_step_s": seconds["sap"], "sap_over_sft": seconds["sap"] / seconds["sft"],
+             "paper_step_s": seconds["paper_project"], "load_s": seconds["load"]}
+    if not args.ours:
+        found |= {"hf_sft_step_s": seconds["hf_sft"], "hf_released_step_s": seconds["hf_released"], "sft_speedup": seconds["hf_sft"] / seconds["sft"],
+                  "sap_speedup": seconds["hf_released"] / seconds["sap"], "generate_speedup": seconds["hf_generate"] / seconds["generate"]}
+    found |= {"peak_bytes": peaks, "matmul_flops": peak, "device": args.device, "dtype": args.dtype, "tokens_per_step": task["input_ids"].numel()}
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
