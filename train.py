@@ -171,6 +171,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     counts = [True] * len(task)
     if method in FIRST:
         counts = FIRST[method](model, W, task, contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device), args)
+        print(f"{method} leaves out {counts.count(False):,} of {len(task):,} task rows")
     state, records = load_state(out_dir, W, optimizer)
     state["seconds"] = state["seconds"] or time.perf_counter() - began
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
