@@ -7,7 +7,7 @@ from minisap.checkpoint import read_json, read_object, write_json
 from minisap.evaluate import print_table
 from minisap.laboratory import FEW, commits, run_cells
 from minisap.stats import student
-from minisap.table import at, budget, comparisons, last_step, legend, markdown, print_comparisons, rows_of, write_markdown
+from minisap.table import at, budget, comparisons, last_step, print_comparisons, write_markdown
 
 SENSITIVE = {"harmful_score": "harmful %", "refusal_rate": "refused %", "over_refusal": "over-refusal %", "task_accuracy": "task accuracy %", "task_loss": "task loss"}
 

@@ -6,7 +6,7 @@ A comparison  one dict per method: see compare
 from minisap.checkpoint import write_whole
 from minisap.evaluate import judges, print_table
 from minisap.methods import PAIRLESS
-from minisap.stats import mcnemar, paired_interval, share_interval, student, verdict
+from minisap.stats import mcnemar, paired_interval, share_interval, verdict
 
 
 def at(records, metric, step):

@@ -8,7 +8,6 @@ that of a process of its own. "of the peak": the FLOPs that `flops` counts, as a
 """
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -189,7 +188,11 @@ def report_peak(args):
     step = (SUBJECTS | THEIRS)[args.peak](args)
     for i in range(3):
         step(ROWS_PER_ROW * i)
-    print(torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if args.device.startswith("cuda"):
+        print(torch.cuda.max_memory_allocated())
+    else:                                                                    # (getrusage's would begin at the peak of the process that started this one)
+        line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(1024 * int(line.split()[1]))
 
 
 def main():

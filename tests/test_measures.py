@@ -184,6 +184,17 @@ def test_nll_per_row_is_each_row_s_own(chat):
         assert tokens == sum(label != -100 for label in example["labels"])
 
 
+def test_what_each_row_adds_to_a_mean_adds_up_to_it(chat):
+    """By hand: nats of a row times the rows over the tokens of all."""
+    model, tokenizer = chat
+    rows = [{"prompt": "abc", "response": "xyz" * n, "source": ""} for n in (1, 2, 4)]
+    loss, = evaluate(model, tokenizer, [], [], rows, max_len=64)
+    each = nll_per_row(model, encode_rows(tokenizer, rows, 64))
+    tokens = sum(n for _, n in each)
+    assert loss["per_row"] == pytest.approx([3 * nats / tokens for nats, _ in each], abs=1e-5)
+    assert sum(loss["per_row"]) / 3 == pytest.approx(loss["value"], abs=1e-5)
+
+
 def test_texts_come_in_the_order_of_their_prompts(chat):
     model, tokenizer = chat
     texts = generate_texts(model, tokenizer, MIXED, 6)

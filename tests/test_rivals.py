@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minisap.data import collate
-from minisap.lora import lora_layers, merge_lora
+from minisap.lora import lora_layers
 from minisap.methods import METHODS
 from minisap.mechanism import leading_directions
 from minisap.rivals import AFTER, BEFORE, RIVALS, STRENGTH
