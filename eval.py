@@ -21,7 +21,7 @@ from minisap.methods import READ_BY
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
                             pyplot, run, use_device)
 from minisap.stats import wilson
-from minisap.table import budget, comparisons, print_comparisons, write_markdown
+from minisap.table import budget, comparisons, print_comparisons, write_table
 from minisap.table_figures import draw_laboratory, draw_plane
 
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
@@ -153,10 +153,7 @@ def make_table(args):
     found, run_args = comparisons(runs, args.against), read_object(Path(args.table[0]) / "train_args.json")
     rows, text = print_comparisons(found, runs, args.against, budget(run_args, runs))
     if args.out_dir:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(args.out_dir / "table.json", found)
-        write_markdown(args.out_dir / "table.md", [(" ".join(args.table), rows, text)])
-        print(f"written: {args.out_dir / 'table.json'}, {args.out_dir / 'table.md'}")
+        write_table(args.out_dir, found, [(" ".join(args.table), rows, text)])
     if args.plot:
         draw_plane(found, args.against, args.plot)
     return found

@@ -26,7 +26,7 @@ from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
-from minisap.methods import FIRST, METHODS, PAIRLESS, READ_BY
+from minisap.methods import FIRST, METHODS, PAIRLESS, check_read
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, parse_strength
@@ -103,11 +103,9 @@ def check_args(args):
     check_minimum(args, 0, "radius", "gate", "epsilon", "safety_weight", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
-    strength, defaults = parse_strength(args.strength), parse_args(["--model", args.model])
-    given = {f"--{flag}": methods for flag, methods in READ_BY.items() if getattr(args, flag) != getattr(defaults, flag)}
-    for flag, methods in (given | {f"--strength {knob}": [knob.split("=")[0]] for knob in args.strength}).items():
-        if not (set(methods) & set(args.method) or args.resume):                                # the methods that are there already may read it
-            raise ValueError(f"{flag}: --method {' '.join(args.method)} does not read it; {', '.join(methods)} would")
+    strength = parse_strength(args.strength)
+    if not args.resume:                                                 # methods that are there already may read what these do not
+        check_read(args, parse_args(["--model", args.model]))
     args.strength = strength
     if "safelora" in args.method and not args.before:
         raise ValueError("safelora projects onto what safety training wrote: give --before, the checkpoint before it")
@@ -167,13 +165,13 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     watch = watch_of(model, W) if args.watch else None
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
-    began = time.perf_counter()
-    counts = [True] * len(task)
-    if method in FIRST:
-        counts = FIRST[method](model, W, task, contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device), args)
-        print(f"{method} leaves out {counts.count(False):,} of {len(task):,} task rows")
     state, records = load_state(out_dir, W, optimizer)
-    state["seconds"] = state["seconds"] or time.perf_counter() - began
+    if method in FIRST and "counts" not in state:                       # nothing is saved yet: W are the start's
+        began = time.perf_counter()
+        state["counts"] = FIRST[method](model, W, task, contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device), args)
+        state["seconds"] = time.perf_counter() - began
+        print(f"{method} leaves out {state['counts'].count(False):,} of {len(task):,} task rows")
+    counts = state.get("counts", [True] * len(task))
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
             began = time.perf_counter()

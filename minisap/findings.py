@@ -3,11 +3,11 @@ import datetime
 
 from minisap import laboratory
 from minisap.attacks import ATTACKS
-from minisap.checkpoint import read_json, read_object, write_json
+from minisap.checkpoint import read_json, read_object
 from minisap.evaluate import print_table
 from minisap.laboratory import FEW, commits, run_cells
 from minisap.stats import student
-from minisap.table import at, budget, comparisons, last_step, print_comparisons, write_markdown
+from minisap.table import at, budget, comparisons, last_step, print_comparisons, write_table
 
 SENSITIVE = {"harmful_score": "harmful %", "refusal_rate": "refused %", "over_refusal": "over-refusal %", "task_accuracy": "task accuracy %", "task_loss": "task loss"}
 
@@ -161,7 +161,5 @@ def run_laboratory(folder, seeds, n_eval, reference):
         print(f"\n{title}")
         print_table(rows)
         parts.append((title, rows, ""))
-    write_json(folder / "table.json", found)
-    write_markdown(folder / "table.md", parts)
-    print(f"written: {folder / 'table.json'}, {folder / 'table.md'}")
+    write_table(folder, found, parts)
     return found

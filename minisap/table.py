@@ -3,7 +3,7 @@
 A run         {method: {seed: the records that train.py left, with "step" and, of shares, "hits" per prompt}}
 A comparison  one dict per method: see compare
 """
-from minisap.checkpoint import write_whole
+from minisap.checkpoint import write_json, write_whole
 from minisap.evaluate import judges, print_table
 from minisap.methods import PAIRLESS
 from minisap.stats import mcnemar, paired_interval, share_interval, verdict
@@ -157,7 +157,10 @@ def print_comparisons(found, runs, reference, spent):
     return rows, text
 
 
-def write_markdown(file, parts):
-    """parts: [(title, rows, text)]."""
-    whole = "\n".join(f"### {title}\n\n{markdown(rows)}\n{text}\n" for title, rows, text in parts)
-    write_whole(file, lambda part: part.write_text(whole, encoding="utf-8"))
+def write_table(folder, found, parts):
+    """Leave table.json and table.md in the folder. parts: [(title, rows, text)]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(f"### {title}\n\n{markdown(rows)}\n{text}\n" for title, rows, text in parts)
+    write_json(folder / "table.json", found)
+    write_whole(folder / "table.md", lambda part: part.write_text(text, encoding="utf-8"))
+    print(f"written: {folder / 'table.json'}, {folder / 'table.md'}")

@@ -1,6 +1,6 @@
 """Time and memory of our steps beside those of transformers and peft: the same weights, rows and threads, in one run, in turn.
 
-    pip install transformers peft && python tests/benchmark.py --json benchmark.json     smollm2-135m-q4, about ten minutes on two cores
+    pip install transformers peft && python tests/benchmark.py --json benchmark.json     smollm2-135m-q4, about a quarter of an hour on two cores
     python tests/benchmark.py --model X --dtype bfloat16 --device cuda --ours            ours alone, of any checkpoint
 
 Rows are the built-in ones, three to a conversation. Seconds are medians over --repetitions, after two steps that are not counted; a peak of memory is
@@ -55,9 +55,13 @@ def synchronised(args):
     return time.perf_counter()
 
 
+def load(args):
+    return load_model(args.model, DTYPES[args.dtype], args.device)
+
+
 def ours(args, method):
     """step(i) of a method as train.py takes it."""
-    model = load_model(args.model, DTYPES[args.dtype], args.device)
+    model = load(args)
     W, state = add_lora(model), {"step": 0}
     optimizer, (_, batch, contrast) = torch.optim.AdamW(W, lr=1e-5, weight_decay=0.0), batches(args)
     options = Namespace(layers=list(range(model.config.n_layers // 3, 2 * model.config.n_layers // 3)), radius=0.002, epsilon=0.0, projection="on",
@@ -71,7 +75,7 @@ def ours(args, method):
 
 def ours_filter(args):
     """step(i) is what sap does before its first step, for as many rows as a step has: each row is asked once."""
-    model = load_model(args.model, DTYPES[args.dtype], args.device)
+    model = load(args)
     W, (examples, _, contrast) = add_lora(model), batches(args)
     g_hat = harmful_direction(model, W, **contrast(0))
 
@@ -119,7 +123,7 @@ def theirs(args, released=False):
 
 
 def our_generation(args):
-    model, tokenizer = load_model(args.model, DTYPES[args.dtype], args.device), Tokenizer(args.model)
+    model, tokenizer = load(args), Tokenizer(args.model)
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in demo.task_rows(PROMPTS)]
     return lambda i: model.generate(ids, NEW_TOKENS)
 
@@ -134,12 +138,8 @@ def their_generation(args):
     return lambda i: model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
 
 
-def loading(args):
-    return lambda i: load_model(args.model, DTYPES[args.dtype], args.device)
-
-
 SUBJECTS = {"sft": lambda args: ours(args, "sft"), "sap": lambda args: ours(args, "sap"), "sap_filter": ours_filter,
-            "paper_project": lambda args: ours(args, "paper_project"), "generate": our_generation, "load": loading}
+            "paper_project": lambda args: ours(args, "paper_project"), "generate": our_generation, "load": lambda args: lambda i: load(args)}
 THEIRS = {"hf_sft": theirs, "hf_released": lambda args: theirs(args, released=True), "hf_generate": their_generation}
 
 

@@ -59,7 +59,8 @@ def real_details(unit):
 
 def budget_table():
     """results.md's: harmful % by the attacker's steps."""
-    rows, steps = [["attacked", "seed", *(f"{step} steps" for step in range(0, 13, 2)), "half answered after"]], range(0, 13, 2)
+    steps = range(0, 13, 2)
+    rows = [["attacked", "seed", *(f"{step} steps" for step in steps), "half answered after"]]
     for path in sorted(GOLDEN.glob("smollm2/attack/*-seed?"), key=lambda path: ("none sft sap mix".index(path.name.split("-")[0]), path.name)):
         records = read_json(path / "start.json") + read_json(path / "sft" / "eval.json")
         broken = steps_to_break(records)

@@ -85,6 +85,17 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
     assert cut == whole and len(whole) == (20 if "--eval_every" in more else 5)
 
 
+def test_rows_are_chosen_once_and_not_again_by_who_resumes(start, tmp_path, monkeypatch):
+    choose, asked = train_script.FIRST["sap"], []
+    monkeypatch.setitem(train_script.FIRST, "sap", lambda *args: asked.append(args) or choose(*args))
+    monkeypatch.setattr(train_script, "finish", lambda *args: 1 / 0)                              # all steps are done and saved
+    with pytest.raises(ZeroDivisionError):
+        train(start, tmp_path / "run", "--method", "sap")
+    monkeypatch.undo()
+    monkeypatch.setitem(train_script.FIRST, "sap", lambda *args: 1 / 0)
+    assert (train(start, tmp_path / "run", "--method", "sap", "--resume") / "sap" / "eval.json").exists() and len(asked) == 1
+
+
 def test_a_method_joins_a_run_that_has_another_s_flags(start, tmp_path):
     out = train(start, tmp_path / "run", "--method", "sap", "--gate", "0.1")
     with pytest.raises(ValueError, match="gate = 0.1, this command gate = 0.5"):
