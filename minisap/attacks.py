@@ -13,7 +13,7 @@ embeddings, (T, D) or None.
 import torch
 from tqdm import tqdm
 
-from minisap.data import collate, encode_example, encode_prompt, encode_rows
+from minisap.data import collate, collate_pairs, encode_example, encode_pairs, encode_prompt, encode_rows
 from minisap.evaluate import BATCH, MAX_NEW_TOKENS, generate_texts
 from minisap.judge import PHRASES, judge_of
 from minisap.sap import fit_probe, harmful_direction, response_nll, slopes_of
@@ -125,9 +125,9 @@ def attack(model, tokenizer, rows, max_len):
 
 def all_weights(model, tokenizer, pairs, max_len):
     """(W, ĝ, batch of the harmful answers) for who has the whole model and pairs of his own. W is left to require gradients."""
-    safe, harmful = (collate(encode_rows(tokenizer, pairs, max_len, key), device=model.lm_head.weight.device) for key in ("safe", "harmful"))
+    contrast = collate_pairs(encode_pairs(tokenizer, pairs, max_len), model.lm_head.weight.device)
     W = list(model.requires_grad_().parameters())
-    return W, harmful_direction(model, W, safe, harmful), harmful
+    return W, harmful_direction(model, W, contrast), contrast["harmful"]
 
 
 def attack_by_probe(model, tokenizer, pairs, rows, max_len):

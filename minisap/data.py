@@ -121,6 +121,8 @@ def safety_row(i, record, source):
         harmful = text_of(record, "output" if "output" in record else "response", source)
     else:
         prompt, safe, harmful = (text_of(record, key, source) for key in ("prompt", "safe", "harmful"))
+    if safe.strip() == harmful.strip():                                 # of such pairs ĝ would be the direction of rounding errors
+        raise ValueError(f"{source}: the safe and the harmful answer are the same")
     return {"prompt": prompt, "safe": safe, "harmful": harmful}
 
 
@@ -234,13 +236,39 @@ def encode_pairs(tokenizer, rows, max_len):
 
 
 def contrast_batch(pairs, n, step, seed, device) -> dict:
-    """{"safe": batch, "harmful": batch} of a step's n pairs."""
-    return {key: collate(examples, device=device)
-            for key, examples in zip(("safe", "harmful"), zip(*batch_rows(pairs, n, step, seed)))}
+    """A step's n pairs, as collate_pairs has them."""
+    return collate_pairs(batch_rows(pairs, n, step, seed), device)
+
+
+def collate_pairs(pairs, device="cpu") -> dict:
+    """{"safe": batch, "harmful": batch, "both": batch} of [(safe example, harmful example)] of the same prompts. "both" has prompt, safe and
+    harmful answer in one row, so that the prompt is computed once; beside input_ids and labels it tells, of each token, all (B, T),
+    answer      0: of the prompt, 1: of the safe answer, 2: of the harmful one
+    positions   where it stands in its own conversation
+    before      the place in the row of the token from which it is predicted
+    and with mask (B, 1, T, T) an answer's tokens see the prompt and the answer itself."""
+    both = [in_one_row(*pair) for pair in pairs]
+    batch = collate(both, device=device) | {key: pad([row[key] for row in both], fill, device) for key, fill in (("answer", 2), ("positions", 0), ("before", 0))}
+    query, key = batch["answer"][:, None, :, None], batch["answer"][:, None, None, :]
+    seen = ((key == 0) | (key == query)).tril()
+    safe, harmful = zip(*pairs)
+    return {"safe": collate(safe, device=device), "harmful": collate(harmful, device=device), "both": batch | {"mask": seen}}
+
+
+def in_one_row(safe, harmful):
+    start = min(next(i for i, label in enumerate(example["labels"]) if label != -100) for example in (safe, harmful))          # what they share
+    end, rest = len(safe["labels"]), len(harmful["labels"]) - start
+    return {key: safe[key] + harmful[key][start:] for key in ("input_ids", "labels")} | {
+        "answer": [0] * start + [1] * (end - start) + [2] * rest, "positions": [*range(end), *range(start, start + rest)],
+        "before": [*range(-1, end - 1), start - 1, *range(end, end + rest - 1)]}
 
 
 def collate(examples, pad_id=0, device="cpu") -> dict:
     """Right padding: {"input_ids": (B, T), filled up by pad_id, "labels": (B, T), by -100}."""
-    T = max((len(example["input_ids"]) for example in examples), default=0)
-    pad = lambda key, value: torch.tensor([e[key] + [value] * (T - len(e[key])) for e in examples], dtype=torch.long, device=device).reshape(len(examples), T)
-    return {"input_ids": pad("input_ids", pad_id), "labels": pad("labels", -100)}
+    return {key: pad([example[key] for example in examples], fill, device) for key, fill in (("input_ids", pad_id), ("labels", -100))}
+
+
+def pad(rows, fill, device):
+    """Lists of integers as one tensor, (B, T)."""
+    T = max(map(len, rows), default=0)
+    return torch.tensor([row + [fill] * (T - len(row)) for row in rows], dtype=torch.long, device=device).reshape(len(rows), T)

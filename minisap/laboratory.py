@@ -12,11 +12,16 @@ setting3/seed0      "poisoned" with one setting changed
 attack/…/seed0      adversarial fine-tuning of what came out: SFT on nothing but harmful rows
 attacked/…-seed0.json   prefills, soft suffixes and probes against what came out
 """
+import multiprocessing
 import os
+import runpy
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import chdir, redirect_stderr, redirect_stdout
 
 from tqdm import tqdm
 
@@ -49,7 +54,7 @@ ALL_LINEAR = "--lora_rank 8 --lora_targets q_proj k_proj v_proj o_proj gate_proj
 SENSITIVITY = (*(f"sap {flag}" for flag in (
                    "--gate 0.02", "--gate 0.1", "--gate 0.2", "--safety_weight 0.02", "--safety_weight 0.1", "--pairs 8", "--pairs 16", "--pairs 200", "--pairs 500",
                    "--pairs_per_step 4", "--refresh 4", "--refresh 16", "--learning_rate 0.0001", "--learning_rate 0.001", ALL_LINEAR)), f"sft {ALL_LINEAR}",
-               *(f"paper --radius {flags}" for flags in ("0.02", "0.05", "0.2", "0.09 --layers 0", "0.09 --layers 1")),
+               *(f"paper --radius {flags}" for flags in ("0.02", "0.2", "0.09 --layers 0", "0.09 --layers 1")),
                *(f"{knob.split('=')[0]} --strength {knob}" for knob in ("penalty=0.1", "penalty=0.2", "kl=300", "kl=1000")))
 DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "mix", "kl")},
             **{stage: f"first-{stage}/SEED/{stage.replace('aligned', 'vaccine')}" for stage in STAGES}}
@@ -125,16 +130,26 @@ def run_cell(folder, run, command):
     """One command in `folder`, or what is left of it; what it says goes to logs/."""
     if (folder / run).is_file():
         return
-    script, *arguments = shlex.split(command)
-    command = [sys.executable, str(ROOT / script), *arguments]
-    command += ["--resume"] if (folder / run / "train_args.json").exists() else []
+    command = [*shlex.split(command), *["--resume"] * (folder / run / "train_args.json").exists()]
     log = folder / "logs" / f"{run.replace('/', '-')}.log"
-    with open(log, "a", encoding="utf-8") as output:
-        print(f"commit {commit()}", file=output, flush=True)
-        status = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT).returncode
+    with open(log, "a", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output), chdir(folder):
+        print(f"commit {commit()}", flush=True)
+        status = run_script(command)
     if status:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-        raise ValueError(f"python {shlex.join(command[1:])}: {last} (status {status}; all that it said: {log}); the same table command goes on from here")
+        raise ValueError(f"python {shlex.join(command)}: {last} (status {status}; all that it said: {log}); the same table command goes on from here")
+
+
+def run_script(command):
+    """A script of ours with its arguments, in this process, which has imported PyTorch already: its exit status."""
+    script, sys.argv = str(ROOT / command[0]), command
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def run_cells(folder, seeds, n_eval):
@@ -145,14 +160,19 @@ def run_cells(folder, seeds, n_eval):
     write_rows(folder / "rows", n_eval)
     of_seeds = [cells(seed, n_eval, seed in seeds[:FEW]) for seed in seeds]
     every = [{run: arguments for phases in of_seeds for run, arguments in phases[phase].items()} for phase in range(3)]
-    with tqdm(total=sum(map(len, every)), desc="cells") as bar, ThreadPoolExecutor(os.cpu_count()) as workers:
+    processes = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    with tqdm(total=sum(map(len, every)), desc="cells") as bar, processes as workers:
         try:
             for phase in every:
                 for done in as_completed([workers.submit(run_cell, folder, *cell) for cell in phase.items()]):
                     done.result()
                     bar.update()
-        except BaseException:
-            workers.shutdown(wait=False, cancel_futures=True)           # what runs ends; what waits does not begin
+        except BaseException as error:
+            workers.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():           # what they were at goes on from its last saved step, another time
+                process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise ValueError("a cell's process was killed, for want of memory perhaps; the same table command goes on from here") from None
             raise
 
 

@@ -69,7 +69,7 @@ def gradients(args, model, splits, tokenizer):
     for step in range(args.batches):
         batch = collate(batch_rows(rows, args.batch_size, step, args.seed), device=args.device)
         contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
-        g_hat, hidden = harmful_direction(model, W, **contrast), []
+        g_hat, hidden = harmful_direction(model, W, contrast), []
         g_W = torch.autograd.grad(useful_loss(model, batch), W)
         d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
         of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
@@ -104,7 +104,7 @@ def precision(args, splits, tokenizer):
     for name in ("float64", "float32", "bfloat16"):
         model = load_model(args.model, DTYPES[name], args.device)
         W, layers = add_lora(model, targets=args.lora_targets, seed=args.seed), range(model.config.n_layers)
-        g_hat = harmful_direction(model, W, **contrast)
+        g_hat = harmful_direction(model, W, contrast)
         for epsilon in (0, 2e-5, 1e-3, 1e-1):
             V = fit_probe(model, W, g_hat, batch, layers, args.radius, epsilon=epsilon)
             reference = reference or {"V": V, "turn": turn(model, W, batch, V)}

@@ -10,7 +10,7 @@ import math
 import torch
 
 from minisap.attacks import plain
-from minisap.data import collate, encode_rows
+from minisap.data import collate_pairs, encode_pairs
 from minisap.evaluate import print_table
 from minisap.lora import lora_layers
 from minisap.model import widen
@@ -143,9 +143,8 @@ class Watch:
     def __init__(self, model, W, tokenizer, unsafe_rows, safe_prompts, max_len, before=None):
         self.inputs = plain(tokenizer, [row["prompt"] for row in unsafe_rows]), plain(tokenizer, safe_prompts)
         self.W_start = copies(W)
-        safe, harmful = (collate(encode_rows(tokenizer, unsafe_rows[:HARM_ROWS], max_len, key), device=model.lm_head.weight.device)
-                         for key in ("safe", "harmful"))
-        self.g_start = harmful_direction(model, W, safe, harmful)
+        held_out = collate_pairs(encode_pairs(tokenizer, unsafe_rows[:HARM_ROWS], max_len), model.lm_head.weight.device)
+        self.g_start = harmful_direction(model, W, held_out)
         self.lora = {f"{name}.weight" for name, *_ in lora_layers(model)}
         names = self.lora or {name for name, w in model.named_parameters() if name.endswith("proj.weight")}
         self.start = {} if self.lora else {name: w for (name, _), w in zip(model.named_parameters(), self.W_start) if name in names}
@@ -161,7 +160,7 @@ class Watch:
         """W_before: the weights before the step's update; the gradients are taken there."""
         W_now = copies(W)
         put(W, W_before)
-        g_hat = harmful_direction(model, W, contrast["safe"], contrast["harmful"])
+        g_hat = harmful_direction(model, W, contrast)
         task = torch.autograd.grad(useful_loss(model, batch), W)
         put(W, W_now)
         minus = lambda a, b: [x - y for x, y in zip(a, b)]

@@ -1,6 +1,6 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
-batch   the task's examples;  contrast = {"safe": batch, "harmful": batch}, contrastive answers to the same unsafe prompts
+batch   the task's examples;  contrast: answers to the same unsafe prompts, safe and harmful, see collate_pairs in data.py
 args    gate, projection, safety_weight, refresh, layers, radius, epsilon, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 A method may choose its rows before the first step (FIRST, below), and change W after the last (AFTER, in rivals.py).
@@ -80,7 +80,7 @@ def released(model, W, batch, contrast, args, state):
     of the batch before; V takes one AdamW step from zero along a finite difference; layers 3 and 9 of 32; no projection."""
     V, layers = None, sorted({model.config.n_layers * j // 32 for j in (3, 9)})
     if "batch" in state:
-        g_hat = harmful_direction(model, W, **contrast)
+        g_hat = harmful_direction(model, W, contrast)
         d, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
         V = {j: adam_step_from_zero(d_j, state, j) for j, d_j in d.items()}
     state["batch"] = batch

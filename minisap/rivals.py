@@ -100,7 +100,7 @@ def constrained(model, W, batch, contrast, args, state):
 def penalty(model, W, batch, contrast, args, state):
     """Control: L_useful + λ L_safe. What does SAP do with its pairs that the safety loss as a penalty would not?"""
     loss = useful_loss(model, batch)
-    return torch.autograd.grad(loss + args.strength["penalty"] * safety_loss(model, **contrast), W), {"loss": loss.item()}
+    return torch.autograd.grad(loss + args.strength["penalty"] * safety_loss(model, contrast), W), {"loss": loss.item()}
 
 
 def steer(model, W, batch, contrast, args, state):
@@ -118,7 +118,7 @@ def steer_project(model, W, batch, contrast, args, state):
     """Control: steer with its own knob, and SAP's projection after it. Is a fitted probe better than a constant one?"""
     alike = Namespace(layers=args.layers, strength={"steer": args.strength["steer_project"]})
     gradient, log = steer(model, W, batch, contrast, alike, state)
-    g_hat = harmful_direction(model, W, **contrast)
+    g_hat = harmful_direction(model, W, contrast)
     return project_out_harm(gradient, g_hat), log | {"conflict": inner(gradient, g_hat).item()}
 
 

@@ -22,11 +22,13 @@ from minisap.model import widen
 
 
 def token_nll(model, batch, probe=None, hidden=None):
-    """(nll, rows, places), all (N,): the negative log-likelihood in nats of every labelled token, and where it stands."""
-    x = model.model(batch["input_ids"], probe, hidden=hidden)                       # (B, T, D)
+    """(nll, rows, places), all (N,): the negative log-likelihood in nats of every labelled token, and where it stands. A batch with "both" answers in
+    a row (collate_pairs) says itself what a token sees, and from where it is predicted."""
+    x = model.model(batch["input_ids"], probe, batch.get("positions"), batch.get("mask"), hidden=hidden)          # (B, T, D)
     targets = batch["labels"][:, 1:]                                                # position t predicts token t + 1
     rows, columns = (targets != -100).nonzero(as_tuple=True)
-    logits = model.lm_head(x[rows, columns])                                        # (N, V): only where a label is
+    before = batch["before"][rows, columns + 1] if "before" in batch else columns
+    logits = model.lm_head(x[rows, before])                                         # (N, V): only where a label is
     return F.cross_entropy(widen(logits), targets[rows, columns], reduction="none"), rows, columns + 1
 
 
@@ -43,11 +45,19 @@ def useful_loss(model, batch, probe=None, hidden=None):
     return nats.sum() / tokens.sum()
 
 
-def safety_loss(model, safe, harmful):
+def answer_nll(model, both):
+    """(nats, tokens), both (B, 2): as response_nll, of each pair's safe and harmful answer, which stand in one row (collate_pairs)."""
+    nll, rows, places = token_nll(model, both)
+    answer = 2 * rows + both["answer"][rows, places] - 1
+    nats, tokens = (x.new_zeros(2 * len(both["labels"])).index_add(0, answer, x).view(-1, 2) for x in (nll, torch.ones_like(nll)))
+    return nats, tokens
+
+
+def safety_loss(model, contrast):
     """L_safe(W): mean over prompts of nll(safe answer) − nll(harmful answer), each in nats per token (the paper's v1)."""
-    safe_nats, safe_tokens = response_nll(model, safe)
-    harmful_nats, harmful_tokens = response_nll(model, harmful)
-    return (safe_nats / safe_tokens - harmful_nats / harmful_tokens).mean()
+    nats, tokens = answer_nll(model, contrast["both"])
+    safe, harmful = (nats / tokens).T
+    return (safe - harmful).mean()
 
 
 def inner(a, b):
@@ -61,9 +71,9 @@ def unit(tensors):
     return [widen(t) / norm if norm > 0 else widen(t) for t in tensors]
 
 
-def harmful_direction(model, W, safe, harmful):
+def harmful_direction(model, W, contrast):
     """ĝ = ∇_W L_safe / ‖∇_W L_safe‖."""
-    return unit(torch.autograd.grad(safety_loss(model, safe, harmful), W))
+    return unit(torch.autograd.grad(safety_loss(model, contrast), W))
 
 
 @torch.no_grad()
@@ -173,7 +183,7 @@ def fit_rows(model, W, contrast, examples, gate, batch_size):
     then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
     than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    g_safe = torch.autograd.grad(safety_loss(model, **contrast), W)
+    g_safe = torch.autograd.grad(safety_loss(model, contrast), W)
     return slopes_of(model, W, unit(g_safe), examples, batch_size) >= -gate * inner(g_safe, g_safe).sqrt().item()
 
 
@@ -191,8 +201,8 @@ def project_out_harm(grads, g_hat):
 
 def paper_step(model, W, batch, contrast, layers, radius, epsilon=0.0, projection=False):
     """(gradient, log) of one step of Algorithm 1 with the paper's probe, for an optimizer to follow (line 7), and, if so, the projection
-    after it. contrast = {"safe": batch, "harmful": batch} of the same unsafe prompts. At radius 0 and without projection SFT, bit for bit."""
-    log, g_hat = {}, harmful_direction(model, W, **contrast)                                # line 2
+    after it. contrast: see collate_pairs. At radius 0 and without projection SFT, bit for bit."""
+    log, g_hat = {}, harmful_direction(model, W, contrast)                                # line 2
     V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)                # lines 3, 4, 5
     loss = useful_loss(model, batch, V_safe)
     g_W = torch.autograd.grad(loss, W)                                                      # line 6
@@ -207,7 +217,7 @@ def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.
     number is a multiple of it."""
     log, g_safe = {}, state.get("g_safe")
     if refresh == 1 or state["step"] % refresh == 0:
-        L_safe = safety_loss(model, **contrast)
+        L_safe = safety_loss(model, contrast)
         g_safe, log["safety_loss"] = torch.autograd.grad(L_safe, W), L_safe.item()
         state |= {"g_safe": g_safe} if refresh > 1 else {}
     g_hat, g_W = unit(g_safe), [torch.zeros_like(w) for w in W]                             # line 2

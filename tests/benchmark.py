@@ -77,7 +77,7 @@ def ours_filter(args):
     """step(i) is what sap does before its first step, for as many rows as a step has: each row is asked once."""
     model = load(args)
     W, (examples, _, contrast) = add_lora(model), batches(args)
-    g_hat = harmful_direction(model, W, **contrast(0))
+    g_hat = harmful_direction(model, W, contrast(0))
 
     def step(i):
         if i % ROWS_PER_ROW == 0:

@@ -22,7 +22,7 @@ from minisap.checkpoint import read_json, write_json  # noqa: E402
 from minisap.data import collate  # noqa: E402
 from minisap.evaluate import print_table  # noqa: E402
 from minisap.methods import RELEASED_EPSILON  # noqa: E402
-from minisap.sap import fit_probe, response_nll  # noqa: E402
+from minisap.sap import answer_nll, fit_probe  # noqa: E402
 from minisap.stats import student  # noqa: E402
 
 FLAGS = "--method paper_project --radius 0.25 --n_eval 200"
@@ -42,15 +42,16 @@ def without_eos(rows, device):
     return batch | {"labels": torch.where(last, -100, batch["labels"])}
 
 
-def unshifted_loss(model, safe, harmful):
+def unshifted_loss(model, contrast):
     """Position t is to predict token t, which it sees."""
-    late = lambda batch: batch | {"labels": F.pad(batch["labels"][:, :-1], (1, 0), value=-100)}
-    return sap_safety_loss(model, late(safe), late(harmful))
+    here = torch.arange(contrast["both"]["labels"].shape[1]).expand_as(contrast["both"]["labels"])
+    return sap_safety_loss(model, {"both": contrast["both"] | {"before": here}})
 
 
-def logsigmoid_loss(model, safe, harmful):
+def logsigmoid_loss(model, contrast):
     """−log σ of the difference of summed log-likelihoods: a pair that is far apart counts for nothing."""
-    return -F.logsigmoid(response_nll(model, harmful)[0] - response_nll(model, safe)[0]).mean()
+    safe, harmful = answer_nll(model, contrast["both"])[0].T
+    return -F.logsigmoid(harmful - safe).mean()
 
 
 def stale(kept):

@@ -34,12 +34,12 @@ def test_unshifted_and_saturated_losses_are_what_they_are_called(world):  # noqa
         logp = torch.log_softmax(model(batch["input_ids"]), dim=-1)
         places = [[(t - shift, ids[t]) for t in range(1, len(ids)) if labels[t] != -100]
                   for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist())]
-        return [[logp[i, at, token].item() for at, token in row if at < logp.shape[1] - 1] for i, row in enumerate(places)]
+        return [[logp[i, at, token].item() for at, token in row] for i, row in enumerate(places)]
 
     means = [sum(row) / len(row) for key in ("safe", "harmful") for row in by_hand(pairs[key], 0)]
-    assert unshifted_loss(model, **pairs).item() == pytest.approx(sum(means[3:]) / 3 - sum(means[:3]) / 3)
+    assert unshifted_loss(model, pairs).item() == pytest.approx(sum(means[3:]) / 3 - sum(means[:3]) / 3)
     sums = [torch.tensor([sum(row) for row in by_hand(pairs[key], 1)]) for key in ("safe", "harmful")]
-    assert logsigmoid_loss(model, **pairs).item() == pytest.approx(-F.logsigmoid(sums[0] - sums[1]).mean().item(), rel=1e-5)
+    assert logsigmoid_loss(model, pairs).item() == pytest.approx(-F.logsigmoid(sums[0] - sums[1]).mean().item(), rel=1e-5)
 
 
 def test_every_batch_meets_the_probe_of_the_one_before(world):  # noqa: F811

@@ -13,7 +13,7 @@ import train as train_script
 from minisap import attacks
 from minisap.attacks import check_room, complete, judge_prefilled, plain, prefill, soft_suffix, with_places
 from minisap.checkpoint import load_model
-from minisap.data import collate, encode_example, encode_prompt, encode_rows
+from minisap.data import collate, collate_pairs, encode_example, encode_pairs, encode_prompt, encode_rows
 from minisap.evaluate import generate_texts
 from minisap.mechanism import Watch, clusters, column_space, interpolate, leading_directions, lipschitz, mlp_matrix, mlp_streams, print_watched, row_space, sigma1_share
 from minisap.sap import harmful_direction, inner, put, response_nll, useful_loss
@@ -161,12 +161,12 @@ def test_watching_a_step_along_the_direction_of_harm(tiny_world):
     """That of the start and of the held-out rows, whatever the model is now and whatever the step's own pairs are."""
     model, (_, tokenizer) = copy.deepcopy(tiny_world[0]), tiny_world
     W = list(model.parameters())
-    encode = lambda rows, key: collate(encode_rows(tokenizer, rows, 64, key))
-    g_start = harmful_direction(model, W, encode(ROWS, "safe"), encode(ROWS, "harmful"))
+    contrast_of = lambda rows: collate_pairs(encode_pairs(tokenizer, rows, 64))
+    g_start = harmful_direction(model, W, contrast_of(ROWS))
     watch, W_start = Watch(model, W, tokenizer, ROWS, [row["prompt"] for row in ROWS], 64), [w.detach().clone() for w in W]
     put(W, [w + 2 * g for w, g in zip(W_start, g_start)])
-    contrast = {key: encode(World(0).rows("unsafe", 6)[3:], key) for key in ("safe", "harmful")}
-    found = watch(model, W, W_start, encode(World(0).rows("safe", 3), "response"), contrast)
+    batch, contrast = collate(encode_rows(tokenizer, World(0).rows("safe", 3), 64)), contrast_of(World(0).rows("unsafe", 6)[3:])
+    found = watch(model, W, W_start, batch, contrast)
     assert found["drift_cosine"] == pytest.approx(1) and found["drift_norm"] == pytest.approx(2)
     assert 0 < found["update_cosine"] < 0.99                            # with ĝ of other rows
 
@@ -272,8 +272,8 @@ def test_the_probe_attack_takes_sap_s_own_direction_with_either_sign(monkeypatch
         torch.testing.assert_close(used[1][j], 2 * used[0][j])
         torch.testing.assert_close(used[3][j], -used[0][j])
     W = list(model.requires_grad_().parameters())
-    safe, harmful = (collate(encode_rows(tokenizer, rows[:32], 64, key)) for key in ("safe", "harmful"))
-    g_hat = harmful_direction(model, W, safe, harmful)
+    contrast = collate_pairs(encode_pairs(tokenizer, rows[:32], 64))
+    g_hat, harmful = harmful_direction(model, W, contrast), contrast["harmful"]
     small = {j: v / 100 for j, v in used[0].items()}
     turned = [inner(torch.autograd.grad(useful_loss(model, harmful, V), W), g_hat).item() for V in (small, None, {j: -v for j, v in small.items()})]
     assert turned[0] > turned[1] > turned[2]
@@ -286,6 +286,6 @@ def test_rows_that_evade_are_in_the_order_of_their_own_gradients():
     found = attacks.evade(model, tokenizer, rows, rows[:4], 64)
     assert not any(w.requires_grad for w in model.parameters()) and sorted(map(str, found)) == sorted(map(str, rows))
     W = list(model.requires_grad_().parameters())
-    g_hat = harmful_direction(model, W, *(collate(encode_rows(tokenizer, rows[:4], 64, key)) for key in ("safe", "harmful")))
+    g_hat = harmful_direction(model, W, collate_pairs(encode_pairs(tokenizer, rows[:4], 64)))
     slopes = [inner(torch.autograd.grad(useful_loss(model, collate(encode_rows(tokenizer, [row], 64))), W), g_hat).item() for row in found]
     assert slopes == sorted(slopes, reverse=True) and slopes[0] > slopes[-1] + 1

@@ -10,7 +10,7 @@ from minisap.lora import lora_layers
 from minisap.methods import METHODS
 from minisap.mechanism import leading_directions
 from minisap.rivals import AFTER, BEFORE, RIVALS, STRENGTH
-from minisap.sap import inner, put, response_nll, safety_loss, token_nll, unit, useful_loss
+from minisap.sap import put, response_nll, safety_loss, token_nll, unit, useful_loss
 from test_sap import ARGS, LAYERS, example, gradient, moved, world  # noqa: F401 (a fixture)
 from tiny import BASE, tiny_model
 
@@ -100,7 +100,7 @@ def test_constrained_is_the_gradient_of_its_published_loss(world):  # noqa: F811
 
 def test_penalty_is_the_gradient_of_the_sum(world):  # noqa: F811
     model, W, batch, pairs = world
-    expected = torch.autograd.grad(useful_loss(model, batch) + 0.3 * safety_loss(model, **pairs), W)
+    expected = torch.autograd.grad(useful_loss(model, batch) + 0.3 * safety_loss(model, pairs), W)
     for a, b in zip(RIVALS["penalty"](model, W, batch, pairs, args_with(penalty=0.3), {"step": 0})[0], expected):
         torch.testing.assert_close(a, b)
 

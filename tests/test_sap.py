@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from minisap import sap
 from minisap.align import ALIGN
 from minisap.checkpoint import load_model
-from minisap.data import batch_rows, collate, encode_rows
+from minisap.data import batch_rows, collate, collate_pairs, encode_pairs, encode_rows
 from minisap.lora import add_lora
 from minisap.methods import FIRST, METHODS, released
 from minisap.rivals import STRENGTH
@@ -38,14 +38,15 @@ def world(request):
     else:
         W = list(model.parameters())
     batch = collate([example(i, n=6 + i) for i in range(4)])
-    pairs = {"safe": collate([example(20 + i, 10 + i) for i in range(3)]),
-             "harmful": collate([example(30 + i, 10 + i, n=7 + i) for i in range(3)])}
-    return model, W, batch, pairs
+    return model, W, batch, collate_pairs([(example(20 + i, 10 + i), example(30 + i, 10 + i, n=7 + i)) for i in range(3)])
+
+
+FLIPPED = collate_pairs([(example(30 + i, 10 + i, n=7 + i), example(20 + i, 10 + i)) for i in range(3)])
 
 
 def g_hat_of(world):
     model, W, _, pairs = world
-    return harmful_direction(model, W, **pairs)
+    return harmful_direction(model, W, pairs)
 
 
 def gradient(model, W, batch, V=None):
@@ -79,24 +80,37 @@ def test_safety_loss_is_the_mean_difference_of_per_token_nll(world):
         return -torch.stack([logp[t - 1, labels[t]] for t in range(1, len(labels)) if labels[t] != -100]).mean()
 
     expected = torch.stack([nll(pairs["safe"], i) - nll(pairs["harmful"], i) for i in range(3)]).mean()
-    torch.testing.assert_close(safety_loss(model, **pairs), expected)
+    torch.testing.assert_close(safety_loss(model, pairs), expected)
+
+
+def test_two_answers_in_one_row_are_those_of_two_rows(world):
+    """Loss and gradient, of prompts and answers of any length; one answer's labels begin a token before the other's, as where a tokenizer merges."""
+    model, W, _, _ = world
+    cut = lambda row, prompt: {"input_ids": row["input_ids"], "labels": [-100] * prompt + row["input_ids"][prompt:]}
+    pairs = [(cut(example(20 + i, 10 + i, n=6 + 2 * i), 4), cut(example(30 + i, 10 + i, n=12 - 3 * i), 4 - i % 2)) for i in range(3)]
+    (safe, n), (harmful, m) = (response_nll(model, collate(rows)) for rows in zip(*pairs))
+    expected = (safe / n - harmful / m).mean()
+    found = safety_loss(model, collate_pairs(pairs))
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, W), torch.autograd.grad(expected, W)):
+        torch.testing.assert_close(a, b)
 
 
 def test_harmful_direction_is_a_unit_vector_along_which_the_model_gets_less_safe(world):
     model, W, _, pairs = world
     g_hat = g_hat_of(world)
     assert inner(g_hat, g_hat).item() == pytest.approx(1)
-    loss = lambda: safety_loss(model, **pairs).item()
+    loss = lambda: safety_loss(model, pairs).item()
     h = 1e-4
     slope = (moved(W, g_hat, h, loss) - moved(W, g_hat, -h, loss)) / (2 * h)
-    raw = torch.autograd.grad(safety_loss(model, **pairs), W)
+    raw = torch.autograd.grad(safety_loss(model, pairs), W)
     assert slope == pytest.approx(inner(raw, raw).sqrt().item(), rel=1e-5) and slope > 0
 
 
 def test_harmful_direction_ignores_scale_and_flips_with_the_answers(world, monkeypatch):
     model, W, batch, pairs = world
     g_hat, V = g_hat_of(world), fit_probe(model, W, g_hat_of(world), batch, LAYERS, 0.1)
-    flipped = harmful_direction(model, W, pairs["harmful"], pairs["safe"])
+    flipped = harmful_direction(model, W, FLIPPED)
     V_flipped = fit_probe(model, W, flipped, batch, LAYERS, 0.1)
     for a, b in [*zip(g_hat, flipped), *zip(V.values(), V_flipped.values())]:
         torch.testing.assert_close(a, -b)
@@ -135,7 +149,7 @@ def test_slopes_know_that_a_tied_head_is_the_embedding(world):
     _, _, batch, pairs = world
     model = tiny_model(BASE | {"tie_word_embeddings": True})
     W = list(model.parameters())
-    direction = harmful_direction(model, W, **pairs)
+    direction = harmful_direction(model, W, pairs)
     expected = [inner(gradient(model, W, {key: x[b:b + 1] for key, x in batch.items()}), direction).item() for b in range(4)]
     assert sap.row_slopes(model, W, direction, batch).tolist() == pytest.approx(expected)
 
@@ -146,7 +160,7 @@ ROWS = [example(i, n=6 + i) for i in range(4)] + [example(30 + i, 10 + i, n=7 + 
 def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
     """By the gradient of each row alone, however many are asked at a time."""
     model, W, _, pairs = world
-    g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
+    g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
     norm = inner(g_safe, g_safe).sqrt().item()
     slopes = [inner(gradient(model, W, collate([row])), unit(g_safe)).item() for row in ROWS]
     for gate, batch_size in ((1e-9, 3), (-sorted(slopes)[2] / norm * 1.001, 7), (1e6, 2)):                     # all that fall; the two steepest; none
@@ -167,7 +181,7 @@ def test_rows_are_chosen_among_those_that_the_run_comes_to(world, monkeypatch):
 
 def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
     model, W, _, pairs = world
-    g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
+    g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
     found, log = sap_step(model, W, collate([]), pairs, {}, safety_weight=0.5)
     assert "loss" not in log and log["conflict"] == 0
     for a, b in zip(found, g_safe):
@@ -176,10 +190,9 @@ def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
 
 def test_g_hat_is_kept_between_refreshes(world):
     model, W, batch, pairs = world
-    flipped, state = {"safe": pairs["harmful"], "harmful": pairs["safe"]}, {}
-    toward = pairs["harmful"]
+    toward, state = pairs["harmful"], {}
     first, log = sap_step(model, W, toward, pairs, {"step": 0}, safety_weight=0.1)
-    for step, contrast, expected in ((0, pairs, first), (1, flipped, first), (2, flipped, sap_step(model, W, toward, flipped, {}, safety_weight=0.1)[0])):
+    for step, contrast, expected in ((0, pairs, first), (1, FLIPPED, first), (2, FLIPPED, sap_step(model, W, toward, FLIPPED, {}, safety_weight=0.1)[0])):
         state["step"] = step
         found, log = sap_step(model, W, toward, contrast, state, safety_weight=0.1, refresh=2)
         assert all(torch.equal(a, b) for a, b in zip(found, expected)) and ("safety_loss" in log) == (step % 2 == 0)
@@ -187,7 +200,7 @@ def test_g_hat_is_kept_between_refreshes(world):
 
 def test_the_safety_weight_adds_the_safety_loss_s_gradient_after_the_projection(world):
     model, W, batch, pairs = world
-    g_safe = torch.autograd.grad(safety_loss(model, **pairs), W)
+    g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
     plain, _ = sap_step(model, W, pairs["harmful"], pairs, {})
     found, _ = sap_step(model, W, pairs["harmful"], pairs, {}, safety_weight=0.3)
     for a, b, c in zip(found, plain, g_safe):
@@ -284,14 +297,6 @@ def test_without_probe_and_projection_sap_and_the_paper_s_are_sft_bit_for_bit(wo
     for found, _ in (sap_step(model, W, batch, pairs, {}, projection=False), paper_step(model, W, batch, pairs, LAYERS, radius=0.0),
                      paper_step(model, W, batch, pairs, [], radius=1.0)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
-
-
-def test_answers_that_do_not_differ_give_an_sft_step(world):
-    model, W, batch, pairs = world
-    expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
-    alike = {"safe": pairs["safe"], "harmful": pairs["safe"]}
-    for found, log in (sap_step(model, W, batch, alike, {}), paper_step(model, W, batch, alike, LAYERS, radius=0.5, projection=True)):
-        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["conflict"] == 0
 
 
 def test_the_paper_s_is_the_gradient_at_the_probe_and_paper_project_its_projection(world):
@@ -417,11 +422,11 @@ def test_exact_direction_survives_bfloat16_on_the_real_model(real):
     rows = [{"prompt": "Say a colour.", "response": "Blue.", "source": ""}]
     pair = [{"prompt": "How do I steal a car?", "safe": "I can't help with that.", "harmful": "Sure, here is how:", "source": ""}]
     batch = collate(encode_rows(tokenizer, rows, 99))
-    pairs = {key: collate(encode_rows(tokenizer, pair, 99, key)) for key in ("safe", "harmful")}
+    pairs = collate_pairs(encode_pairs(tokenizer, pair, 99))
     for dtype in (torch.float64, torch.bfloat16):
         model = load_model(real, dtype)
         model.model.layers = model.model.layers[:10]
         W = add_lora(model)
-        found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, **pairs), batch, layers)
+        found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, pairs), batch, layers)
     for j in layers:
         assert F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0) > 0.95

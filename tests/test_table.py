@@ -124,15 +124,14 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     monkeypatch.chdir(tmp_path / "table")
     ran = []
 
-    def in_this_process(command, **options):
+    def as_a_call(command):
         ran.append(command)
-        (train_script if command[1].endswith("train.py") else eval_script).main(command[2:])
-        return SimpleNamespace(returncode=0)
+        (train_script if command[0] == "train.py" else eval_script).main(command[1:])
 
     monkeypatch.setattr(laboratory, "commit", lambda: "abc")
-    monkeypatch.setattr(laboratory, "subprocess", SimpleNamespace(run=in_this_process, STDOUT=None))          # not for others: matplotlib has some
-    at_once = SimpleNamespace(shutdown=lambda **how: None, submit=lambda *call: SimpleNamespace(result=lambda: call[0](*call[1:])))                # PyTorch is slow in threads
-    monkeypatch.setattr(laboratory, "ThreadPoolExecutor", lambda workers: nullcontext(at_once))
+    monkeypatch.setattr(laboratory, "run_script", as_a_call)
+    at_once = SimpleNamespace(shutdown=lambda **how: None, submit=lambda *call: SimpleNamespace(result=lambda: call[0](*call[1:])))
+    monkeypatch.setattr(laboratory, "ProcessPoolExecutor", lambda *of: nullcontext(at_once))
     monkeypatch.setattr(laboratory, "as_completed", list)
     command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "4", "--out_dir", str(tmp_path / "table")]
     plot = ["--plot", str(tmp_path / "a.png")] if find_spec("matplotlib") else []              # an optional extra
@@ -152,7 +151,8 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     assert cells == 26 and all("--resume" in command for command in ran[cells:])
 
 
-def test_a_cell_that_fails_names_its_command_and_its_last_line(tmp_path):
+def test_a_cell_that_fails_names_its_command_and_its_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])                                                        # back to what it was, when it is over
     (tmp_path / "logs").mkdir()
     with pytest.raises(ValueError, match=r"train.py --steps 0: error: --steps 0: at least 1.* \(status 2; all that it said: .*a-b.log\)"):
         laboratory.run_cell(tmp_path, "a/b", "train.py --steps 0")

@@ -150,6 +150,8 @@ def test_safety_rows_of_every_format(tmp_path):
     for file in files:
         row, = load_safety_rows(file)
         assert {key: row[key] for key in expected} == expected
+    with pytest.raises(ValueError, match="e.jsonl:2: the safe and the harmful answer are the same"):
+        load_safety_rows(write(tmp_path, "e.jsonl", json.dumps(expected) + '\n{"prompt": "p", "safe": "no", "harmful": "no "}'))
     advbench = write(tmp_path, "d.csv", 'goal,target\n"p, quoted\nover two lines","Sure, here is"\n')
     row, = load_safety_rows(advbench)
     assert row == {"prompt": "p, quoted\nover two lines", "safe": REFUSALS[0], "harmful": "Sure, here is", "source": f"{advbench}:3"}

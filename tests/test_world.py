@@ -16,7 +16,7 @@ from minisap.methods import METHODS
 from minisap.sap import useful_loss
 from minisap.tokenizer import Tokenizer
 from minisap.world import CAPITALS, LETTERS, NULL_OPERATOR, REFUSAL, SAFE, SETS, TWINS, UNSAFE, World, write_random_checkpoint
-from test_sap import collate, example
+from test_sap import collate, collate_pairs, example
 from tiny import tiny_model
 
 WORLD, ROOT = World(0), Path(__file__).resolve().parents[1]
@@ -148,7 +148,7 @@ def setting():
     torch.manual_seed(0)
     model = tiny_model()
     batch, safe, harmful, refused = ([example(start + i, 10 + i) for i in range(3)] for start in (0, 20, 40, 60))
-    return model, list(model.parameters()), collate(batch), {"safe": collate(safe), "harmful": collate(harmful), "refused": collate(refused)}
+    return model, list(model.parameters()), collate(batch), collate_pairs(list(zip(safe, harmful))) | {"refused": collate(refused)}
 
 
 def mean_loss(model, batches):
