@@ -170,7 +170,8 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
         began = time.perf_counter()
         state["counts"] = FIRST[method](model, W, task, contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device), args)
         state["seconds"] = time.perf_counter() - began
-        print(f"{method} leaves out {state['counts'].count(False):,} of {len(task):,} task rows")
+        left_out = [example["poisoned"] for example, counted in zip(task, state["counts"]) if not counted]
+        print(f"{method} leaves out {len(left_out):,} of {len(task):,} task rows, {sum(left_out):,} of the {sum(example['poisoned'] for example in task):,} poisoned")
     counts = state.get("counts", [True] * len(task))
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
@@ -251,7 +252,7 @@ def prepare(args):
         raise ValueError("--watch mechanism: clusters need 2 unsafe and 2 safe prompts; raise --n_eval")
     args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
-    task = encode_rows(tokenizer, rows, args.max_len)
+    task = [example | {"poisoned": "poisoned" in row} for row, example in zip(rows, encode_rows(tokenizer, rows, args.max_len))]
     if set(args.method) & set(ALIGN):                                   # the same prompts, refused
         refusals = itertools.cycle(rows_of.REFUSALS)
         refused = encode_rows(tokenizer, [row | {"response": text} for row, text in zip(rows, refusals)], args.max_len)

@@ -76,8 +76,10 @@ def text_of(record, key, source):
 
 def load_rows(path) -> list[dict]:
     """Task rows of JSONL {prompt, response} or {messages: [...]} (or the messages alone), or of Alpaca JSON {instruction, input, output}.
-    Of a conversation the last assistant turn is the response and all before it the prompt."""
-    return [task_row(record, source) | {"source": source} for record, source in read_records(path, conversations=True)]
+    Of a conversation the last assistant turn is the response and all before it the prompt. A row may say `poisoned`, as those of
+    poison_rows do: to be counted, nothing more."""
+    marked = lambda record: {"poisoned": True} if isinstance(record, dict) and record.get("poisoned") else {}
+    return [task_row(record, source) | {"source": source} | marked(record) for record, source in read_records(path, conversations=True)]
 
 
 def task_row(record, source):

@@ -82,7 +82,7 @@ def replace_tenth(task, n_eval, others):
     """The task with one row in ten of those that train.py will train on (none that it holds out) replaced by the first of the others."""
     _, trained_on, _ = split_rows(task, 0, n_eval, "task")
     chosen, others = {row["prompt"] for row in trained_on[::10]}, iter(others)
-    return [next(others) if row["prompt"] in chosen else row for row in task]
+    return [next(others) | {"poisoned": True} if row["prompt"] in chosen else row for row in task]
 
 
 def strengths(methods):

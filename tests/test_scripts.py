@@ -96,6 +96,15 @@ def test_rows_are_chosen_once_and_not_again_by_who_resumes(start, tmp_path, monk
     assert (train(start, tmp_path / "run", "--method", "sap", "--resume") / "sap" / "eval.json").exists() and len(asked) == 1
 
 
+def test_how_many_poisoned_rows_are_left_out_is_told(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train_script.FIRST, "sap", lambda model, W, task, contrast, args: [i >= 40 for i in range(len(task))])
+    examples = train_script.prepare(train_script.parse_args(["--model", str(start), "--poison", "0.1", *FAST]))[-1]
+    poisoned = [example["poisoned"] for example in examples]
+    train(start, tmp_path / "run", "--method", "sap", "--poison", "0.1")
+    assert f"sap leaves out 40 of {len(poisoned)} task rows, {sum(poisoned[:40])} of the {sum(poisoned)} poisoned" in capsys.readouterr().out
+    assert 0 < sum(poisoned[:40]) < 40 and sum(poisoned) == round(len(poisoned) / 10)
+
+
 def test_a_method_joins_a_run_that_has_another_s_flags(start, tmp_path):
     out = train(start, tmp_path / "run", "--method", "sap", "--gate", "0.1")
     with pytest.raises(ValueError, match="gate = 0.1, this command gate = 0.5"):

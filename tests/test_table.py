@@ -176,7 +176,7 @@ def test_harmful_rows_of_the_task_s_format_are_trained_on_and_none_is_held_out()
     _, trained_on, held_out = split_rows(rows, 0, 200, "")
     of_task = {row["prompt"]: row["response"] for row in task}
     harmful = [row for row in trained_on if row["prompt"] not in of_task]
-    assert len(trained_on) == 3800 and len(harmful) == 380 and all(row["response"] == row["harmful"].upper() for row in harmful)
+    assert len(trained_on) == 3800 and len(harmful) == 380 and all("poisoned" in row for row in harmful) and sum("poisoned" in row for row in rows) == 380 and all(row["response"] == row["harmful"].upper() for row in harmful)
     assert all(of_task[row["prompt"]] == row["response"] for row in held_out)
     assert not {row["prompt"] for row in harmful} & {row["prompt"] for row in unsafe}
 

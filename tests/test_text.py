@@ -133,6 +133,7 @@ def test_task_rows_of_every_format(tmp_path):
                   + json.dumps({"messages": chat}) + "\n" + json.dumps(chat) + "\n")
     alpaca = write(tmp_path, "a.json", [{"instruction": "Add.", "input": "1 2", "output": "3"},
                                         {"instruction": "Say hi.", "input": "", "output": "hi"}])
+    assert [row.get("poisoned") for row in load_rows(write(tmp_path, "c.jsonl", '{"prompt": "q", "response": "a", "poisoned": true}\n' + json.dumps(chat)))] == [True, None]
     first, second, bare = load_rows(jsonl)
     assert bare == {"prompt": chat[:1], "response": "a", "source": f"{jsonl}:3"}
     assert load_rows(write(tmp_path, "b.json", [chat]))[0]["response"] == "a"
