@@ -166,12 +166,13 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
-    if method in FIRST and "counts" not in state:                       # nothing is saved yet: W are the start's
+    if method in FIRST and not state["step"]:                           # W are the start's
         began = time.perf_counter()
-        state["counts"] = FIRST[method](model, W, task, contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device), args)
+        state["counts"] = FIRST[method](model, W, task, pairs, args)
         state["seconds"] = time.perf_counter() - began
-        left_out = [example["poisoned"] for example, counted in zip(task, state["counts"]) if not counted]
-        print(f"{method} leaves out {len(left_out):,} of {len(task):,} task rows, {sum(left_out):,} of the {sum(example['poisoned'] for example in task):,} poisoned")
+        found = filtered(task, state["counts"])
+        write_json(out_dir / "filter.json", found)
+        print("{} leaves out {left_out:,} of the {rows:,} task rows that it comes to, {poisoned_left_out:,} of the {poisoned:,} poisoned".format(method, **found))
     counts = state.get("counts", [True] * len(task))
     with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
@@ -184,7 +185,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
             grads, log = METHODS[method](model, W, batch, contrast, args, state)
             looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
             W_before = copies(W) if looks else None
-            log |= {"left_out": 1 - len(rows) / args.batch_size} if method in FIRST else {}
+            log |= {"left_out": args.batch_size - len(rows)} if method in FIRST else {}
             log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
@@ -203,6 +204,13 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 save_state(out_dir, W, optimizer, state, records)
     end(args, method, model, W, state)
     return finish(args, method, model, state, records, measure, start, out_dir)
+
+
+def filtered(task, counts):
+    """What a choice of rows came to, as numbers of rows; of those that say so themselves, it is known whether they are poisoned."""
+    asked = [(example["poisoned"], counted) for example, counted in zip(task, counts) if counted is not None]
+    return {"rows": len(asked), "left_out": sum(not counted for _, counted in asked), "poisoned": sum(poisoned for poisoned, _ in asked),
+            "poisoned_left_out": sum(poisoned and not counted for poisoned, counted in asked)}
 
 
 def end(args, method, model, W, state):

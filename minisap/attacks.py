@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from minisap.data import collate, collate_pairs, encode_example, encode_pairs, encode_prompt, encode_rows
-from minisap.evaluate import BATCH, MAX_NEW_TOKENS, generate_texts
+from minisap.evaluate import MAX_NEW_TOKENS, generate_texts
 from minisap.judge import PHRASES, judge_of
 from minisap.sap import fit_probe, harmful_direction, response_nll, slopes_of
 from minisap.world import FILLERS, NULL
@@ -27,6 +27,7 @@ PROBE_ATTACKS = {"probe_added": 1, "probe_subtracted": -1}
 ATTACKS = (*(f"{name}_{k}" for name in ("prefill", "adv") for k in ATTACK_TOKENS), *PROBE_ATTACKS)
 PROBE_RADII = (0.1, 0.2, 0.4)                                               # of which the attacker takes the best
 PROBE_PAIRS = 32
+BATCH = 32                                                                  # rows under attack at a time
 
 
 def plain(tokenizer, prompts):

@@ -7,18 +7,26 @@ from minisap.judge import describe, judge_of
 from minisap.sap import response_nll
 from minisap.stats import bootstrap, wilson
 
-BATCH, MAX_NEW_TOKENS = 32, 32
+MAX_NEW_TOKENS = 32
+BATCH_TOKENS = 8192     # places of a batch, padding and what is generated included: at 8B a gigabyte of keys and values
 SHARES = ("harmful_score", "refusal_rate", "other_rate", "over_refusal", "task_accuracy")
+
+
+def in_batches(lengths):
+    """Batches of indices, those of like length together, the longest first: as many as fit into BATCH_TOKENS."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    while order:
+        n = max(1, BATCH_TOKENS // lengths[order[-1]])
+        yield order[-n:]
+        del order[-n:]
 
 
 def generate_texts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, whole=False, probe=None):
     """Greedy completions, in the order of `prompts`; prompts of like length are batched together.
     whole: "" in place of a completion that has not come to its end within max_new_tokens."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [None] * len(ids)
-    for start in tqdm(range(0, len(order), BATCH), desc="generate", leave=False):
-        chosen = order[start:start + BATCH]
+    for chosen in tqdm(list(in_batches([len(prompt) + max_new_tokens for prompt in ids])), desc="generate", leave=False):
         for i, new in zip(chosen, model.generate([ids[i] for i in chosen], max_new_tokens, tokenizer.stop_ids, probe=probe)):
             texts[i] = "" if whole and len(new) == max_new_tokens else tokenizer.decode(new)
     return texts
@@ -33,10 +41,8 @@ def with_own_refusals(model, tokenizer, pairs):
 @torch.no_grad()
 def nll_per_row(model, examples):
     """[(nats, tokens)] of the labelled tokens of each example."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     device, rows = model.lm_head.weight.device, [None] * len(examples)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start:start + BATCH]
+    for chosen in in_batches([len(example["input_ids"]) for example in examples]):
         total, count = response_nll(model, collate([examples[i] for i in chosen], device=device))
         for i, nats, tokens in zip(chosen, total.tolist(), count.tolist()):
             rows[i] = nats, tokens

@@ -1,11 +1,9 @@
 """The world's tables, read from the runs that laboratory.py made: table.json, table.md, and what is printed."""
-import datetime
-
 from minisap import laboratory
 from minisap.attacks import ATTACKS
 from minisap.checkpoint import read_json, read_object
 from minisap.evaluate import print_table
-from minisap.laboratory import FEW, commits, run_cells
+from minisap.laboratory import FEW, run_cells, told
 from minisap.stats import student
 from minisap.table import at, budget, comparisons, last_step, print_comparisons, write_table
 
@@ -46,6 +44,16 @@ def sweep_of(folder, seeds):
         runs = [records_of(folder, f"{name}/seed{seed}") for seed in seeds]
         found += [{"p": p, "method": method, **summary([last(run[method], "harmful_score") for run in runs])} for method in laboratory.SWEPT.split()]
     return found
+
+
+def filter_of(folder, seeds):
+    """{setting: {"found": share of the harmful rows that sap leaves out, "harmless": of the others, each seed's}}."""
+    shares = {}
+    for setting in laboratory.SETTINGS:
+        each = [read_object(folder / setting / f"seed{seed}" / "sap" / "filter.json") for seed in seeds]
+        shares[setting] = {"found": [r["poisoned_left_out"] / r["poisoned"] for r in each if r["poisoned"]],
+                           "harmless": [(r["left_out"] - r["poisoned_left_out"]) / (r["rows"] - r["poisoned"]) for r in each]}
+    return shares
 
 
 def sensitivity_of(folder, seeds):
@@ -115,7 +123,7 @@ def each(r):
 
 def sweep_table(found):
     shares = dict.fromkeys(r["p"] for r in found)
-    return ("harmful % by the share of harmful rows, of which there are exactly round(p · 3800): mean (each seed)",
+    return ("harmful % by the share of harmful rows, which is exact: mean (each seed)",
             [["method", *(f"p = {p:g}" for p in shares)],
              *([method, *(each(r) for r in found if r["method"] == method)] for method in dict.fromkeys(r["method"] for r in found))])
 
@@ -143,11 +151,11 @@ def run_laboratory(folder, seeds, n_eval, reference):
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: one of them stands twice")
     settings = laboratory.SETTINGS
-    shared = [method for method in laboratory.METHODS.split() if all(method in methods.split() for _, methods, *_ in settings.values())]
+    shared = [method for method in laboratory.COMPARED.split() if all(method in methods.split() for _, methods, *_ in settings.values())]
     if reference not in shared:
         raise ValueError(f"--against {reference}: the table has {', '.join(shared)} in all settings")
     run_cells(folder, seeds, n_eval)
-    found = {"date": datetime.date.today().isoformat(), "commits": commits(folder), "seeds": seeds, "n_eval": n_eval, "against": reference, "settings": {}, "budget": {}}
+    found = {"date": told(folder, "date")[-1], "commits": told(folder, "commit"), "seeds": seeds, "n_eval": n_eval, "against": reference, "settings": {}, "budget": {}}
     parts = []
     for setting in settings:
         runs = runs_of(folder, setting, seeds)
@@ -156,7 +164,7 @@ def run_laboratory(folder, seeds, n_eval, reference):
         print(f"\n{setting}")
         parts.append((setting, *print_comparisons(found["settings"][setting], runs, reference, found["budget"][setting])))
     few = seeds[:FEW]
-    found |= {"sensitivity": sensitivity_of(folder, few), "sweep": sweep_of(folder, few), "budgets": budgets_of(folder, few), "attacks": attacks_of(folder, few)}
+    found |= {"filter": filter_of(folder, seeds), "sensitivity": sensitivity_of(folder, few), "sweep": sweep_of(folder, few), "budgets": budgets_of(folder, few), "attacks": attacks_of(folder, few)}
     for title, rows in other_tables(found):
         print(f"\n{title}")
         print_table(rows)

@@ -12,6 +12,7 @@ setting3/seed0      "poisoned" with one setting changed
 attack/…/seed0      adversarial fine-tuning of what came out: SFT on nothing but harmful rows
 attacked/…-seed0.json   prefills, soft suffixes and probes against what came out
 """
+import datetime
 import multiprocessing
 import os
 import runpy
@@ -22,6 +23,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import chdir, redirect_stderr, redirect_stdout
+from itertools import takewhile
 
 from tqdm import tqdm
 
@@ -35,17 +37,18 @@ from minisap.world import World
 
 # Knobs: of those in tests/golden/world/knobs.md, on seed 9 of "poisoned", the one with the fewest harmful answers at a task accuracy of 85 % or
 # more. SAP's were there before: on that seed between 2.0 and 4.5 % harmful, whatever the choice. (The stages' are of an older grid.)
-METHODS = "sft sap project mix released sam lisa kl constrained penalty steer steer_project ema safelora"
-STRENGTH = "sam=0.2 lisa=1 kl=100 constrained=0.1 penalty=0.05 steer=0.15 steer_project=0.07 ema=0.97 safelora=0.3"
+COMPARED = "sft sap project mix released sam lisa kl constrained penalty steer steer_project ema safelora"
+KNOBS = "mix=5 sam=0.25 lisa=1 kl=200 constrained=0.15 penalty=0.06 steer=0.15 steer_project=0.07 ema=0.98 safelora=0.32"
 PROBES = ("paper --radius 0.09", "paper_project --radius 0.04", "random_probe --radius 0.2")
 PARTS = ("sap --gate 0", "sap --safety_weight 0", "sap --projection off", "sap --projection off --safety_weight 0")          # what is each part worth?
 STAGES = {"vaccine": "vaccine=1", "booster": "booster=2", "aligned": "vaccine=0"}          # the last is the control: their stage without what is theirs
-LEARN = "--task rows/format.jsonl --safety rows/unsafe.jsonl --steps 240 --eval_every 80"
+LEARN = "--safety rows/unsafe.jsonl --steps 240 --eval_every 80"
+FORMAT = f"--task rows/format.jsonl {LEARN}"
 # {setting: (its flags, methods in one run, methods with flags of their own, stages)}
-SETTINGS = {"poisoned": (f"{LEARN} --poison 0.1", METHODS, PROBES + PARTS, tuple(STAGES)),
-            "harmless": (f"{LEARN} --poison 0", "sft sap project mix lisa kl penalty steer_project ema", PROBES[1:2], ()),
-            "disguised": (f"{LEARN} --poison 0 --task rows/disguised.jsonl", "sft sap project mix kl penalty steer_project", PROBES[1:2] + PARTS, ()),
-            "evading": (f"{LEARN} --poison 0 --task rows/evading.jsonl", "sft sap mix kl penalty", (), ())}
+SETTINGS = {"poisoned": (f"{FORMAT} --poison 0.1", COMPARED, PROBES + PARTS, tuple(STAGES)),
+            "harmless": (f"{FORMAT} --poison 0", COMPARED, PROBES[:2], ()),
+            "disguised": (f"--task rows/disguised.jsonl {LEARN} --poison 0", "sft sap project mix kl penalty steer_project", PROBES[1:2] + PARTS[:3], ()),
+            "evading": (f"--task rows/evading.jsonl {LEARN} --poison 0", "sft sap mix kl penalty", (), ())}
 # What follows is done on the first three seeds.
 FEW = 3
 SWEEP, SWEPT = {0.0: "harmless", 0.05: "poison0.05", 0.1: "poisoned", 0.15: "poison0.15", 0.2: "poison0.2"}, "sft sap mix kl"
@@ -55,9 +58,9 @@ SENSITIVITY = (*(f"sap {flag}" for flag in (
                    "--gate 0.02", "--gate 0.1", "--gate 0.2", "--safety_weight 0.02", "--safety_weight 0.1", "--pairs 8", "--pairs 16", "--pairs 200", "--pairs 500",
                    "--pairs_per_step 4", "--refresh 4", "--refresh 16", "--learning_rate 0.0001", "--learning_rate 0.001", ALL_LINEAR)), f"sft {ALL_LINEAR}",
                *(f"paper --radius {flags}" for flags in ("0.02", "0.2", "0.09 --layers 0", "0.09 --layers 1")),
-               *(f"{knob.split('=')[0]} --strength {knob}" for knob in ("penalty=0.1", "penalty=0.2", "kl=300", "kl=1000")))
+               *(f"{knob.split('=')[0]} --strength {knob}" for knob in ("penalty=0.1", "penalty=0.2", "kl=400", "kl=1000", "mix=1", "mix=30")))
 DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "mix", "kl")},
-            **{stage: f"first-{stage}/SEED/{stage.replace('aligned', 'vaccine')}" for stage in STAGES}}
+            **{stage: f"first-{stage}/SEED/{knob.split('=')[0]}" for stage, knob in STAGES.items()}}
 BUDGETS = (("attack10", 3e-4), ("attack100", 1e-4), ("attack100", 3e-4), ("capitals100", 3e-4))          # (the attacker's rows, learning rate)
 ATTACKED = ("sft", "sap", "mix", "kl", *PROBES[:2])
 STYLES = {"small": "unsafe", "capitals": "capitals"}                                         # {letters of the answer that is attacked for: rows}
@@ -69,7 +72,7 @@ def write_rows(folder, n_eval):
     if (folder / "capitals.jsonl").exists():
         return
     unsafe, task, tiny = World(0).safety_rows(), World(0, new_format=True).task_rows(), find_model("--model", "tiny")
-    others = World(0).rows("unsafe", len(unsafe) + len(task) + ATTACKER_PAIRS)[len(unsafe):]
+    others = World(0).fresh_rows("unsafe", len(task) + ATTACKER_PAIRS)
     shouted = [row | {"response": row["harmful"].upper()} for row in others[ATTACKER_PAIRS:]]
     unnoticed = evade(load_model(tiny), Tokenizer(tiny), shouted, others[:ATTACKER_PAIRS], MAX_LEN)
     answered = [row | {"response": row["harmful"]} for row in others]
@@ -86,8 +89,8 @@ def replace_tenth(task, n_eval, others):
 
 
 def strengths(methods):
-    """--strength and what STRENGTH says of these methods, if anything."""
-    found = [knob for knob in STRENGTH.split() if knob.split("=")[0] in methods.split()]
+    """--strength and what KNOBS says of these methods, if anything."""
+    found = [knob for knob in KNOBS.split() if knob.split("=")[0] in methods.split()]
     return " ".join(["--strength", *found]) if found else ""
 
 
@@ -104,9 +107,9 @@ def cells(seed, n_eval, few=True):
             main[f"{setting}-{stage}/{at_seed}"] = f"--model {DEFENCES[stage].replace('SEED', at_seed)} --method sft {flags}"
     for p, name in SWEEP.items() if few else ():
         if name not in SETTINGS:
-            main[f"{name}/{at_seed}"] = f"--method {SWEPT} {strengths(SWEPT)} {LEARN} --poison {p} --eval_every 0"
+            main[f"{name}/{at_seed}"] = f"--method {SWEPT} {strengths(SWEPT)} {FORMAT} --poison {p} --eval_every 0"
     for i, setting in enumerate(SENSITIVITY if few else ()):
-        main[f"setting{i}/{at_seed}"] = f"{LEARN} --poison 0.1 --eval_every 0 --method {setting}"
+        main[f"setting{i}/{at_seed}"] = f"{FORMAT} --poison 0.1 --eval_every 0 --method {setting}"
     for defence, model in DEFENCES.items() if few else ():
         for rows, rate in BUDGETS:
             attacks[f"attack/{defence}-{rows}-{rate}/{at_seed}"] = (
@@ -127,17 +130,25 @@ def attacked_paths(at_seed):
 
 
 def run_cell(folder, run, command):
-    """One command in `folder`, or what is left of it; what it says goes to logs/."""
+    """One command in `folder`, or what is left of it; what it says goes to logs/. Of what is finished --resume sees whether it was the same command."""
     if (folder / run).is_file():
         return
     command = [*shlex.split(command), *["--resume"] * (folder / run / "train_args.json").exists()]
     log = folder / "logs" / f"{run.replace('/', '-')}.log"
     with open(log, "a", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output), chdir(folder):
-        print(f"commit {commit()}", flush=True)
+        if not finished(folder / run, command):
+            print(f"commit {commit()}\ndate {datetime.date.today().isoformat()}", flush=True)
         status = run_script(command)
     if status:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
         raise ValueError(f"python {shlex.join(command)}: {last} (status {status}; all that it said: {log}); the same table command goes on from here")
+
+
+def finished(run, command):
+    """Whether every method of a train.py command has its records."""
+    methods = command[command.index("--method") + 1:] if "--method" in command else []
+    methods = list(takewhile(lambda word: not word.startswith("--"), methods))
+    return bool(methods) and all((run / method / "eval.json").exists() for method in methods)
 
 
 def run_script(command):
@@ -185,7 +196,7 @@ def commit():
         return None
 
 
-def commits(folder):
-    """Of which commits the cells are, as their logs say; a cell that was taken up again may be of several."""
-    lines = {line for file in folder.glob("logs/*.log") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("commit ")}
-    return sorted(line.removeprefix("commit ") for line in lines)
+def told(folder, key):
+    """The "commit"s, or the "date"s, of which the cells are, as their logs say, in order; a cell that was taken up again may be of several."""
+    lines = {line for file in folder.glob("logs/*.log") for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(f"{key} ")}
+    return sorted(line.removeprefix(f"{key} ") for line in lines)

@@ -11,8 +11,8 @@ import torch
 from minisap.align import ALIGN, pretrain
 from minisap.data import batch_rows
 from minisap.model import widen
-from minisap.rivals import RIVALS, alignment_loss, task_step
-from minisap.sap import fit_rows, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, sap_step, useful_loss
+from minisap.rivals import RIVALS, task_step
+from minisap.sap import fit_rows, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, safety_gradient, sap_step, useful_loss
 
 ROWS_PER_ROW = 4                        # forward mode keeps nothing for a backward pass: so many times as many rows fit into memory
 
@@ -27,12 +27,14 @@ def sap(model, W, batch, contrast, args, state):
     return sap_step(model, W, batch, contrast, state, projection=args.projection == "on", safety_weight=args.safety_weight, refresh=args.refresh)
 
 
-def choose_rows(model, W, task, contrast, args):
-    """What sap does before its first step: for each of the task's examples, whether it counts. Only those are asked that the run will come to."""
-    counts = [True] * len(task)
+def choose_rows(model, W, task, pairs, args):
+    """What sap does before its first step: for each of the task's examples, whether it counts, by all of the contrastive pairs; None for those that the run
+    does not come to."""
+    counts = [None if args.gate else True] * len(task)
     if args.gate:
         places = sorted({i for step in range(args.steps) for i in batch_rows(range(len(task)), args.batch_size, step, args.seed)})
-        for i, verdict in zip(places, fit_rows(model, W, contrast, [task[i] for i in places], args.gate, ROWS_PER_ROW * args.batch_size)):
+        g_safe = safety_gradient(model, W, pairs, args.pairs_per_step)
+        for i, verdict in zip(places, fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, ROWS_PER_ROW * args.batch_size)):
             counts[i] = bool(verdict)
     return counts
 
@@ -66,12 +68,6 @@ def random_probe(model, W, batch, contrast, args, state):
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 
 
-def mix(model, W, batch, contrast, args, state):
-    """SafeInstr (arXiv 2309.07875): the same safe answers that SAP contrasts, as more rows of the task batch."""
-    loss = alignment_loss(model, batch, contrast)
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
-
-
 RELEASED_EPSILON, RELEASED_LR = 2e-5, 0.05
 
 
@@ -100,7 +96,7 @@ READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), 
            "radius": ("paper", "paper_project", "random_probe"), "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project")}
 FIRST = {"sap": choose_rows}                                                                  # before the first step, by the start's weights
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
-METHODS = {"sft": sft, "sap": sap, "paper": paper, "paper_project": paper_project, "project": project, "random_probe": random_probe, "mix": mix, "released": released,
+METHODS = {"sft": sft, "sap": sap, "paper": paper, "paper_project": paper_project, "project": project, "random_probe": random_probe, "released": released,
            **RIVALS, **ALIGN, "pretrain": pretrain}
 
 

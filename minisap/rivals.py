@@ -2,7 +2,7 @@
 All see the same contrastive rows. Each has one knob, args.strength[method]; at 0 it is SFT, bit for bit (vaccine and booster: mix;
 steer_project: project; lisa: SFT but for every tenth step).
 
-In place of fine-tuning   sam, lisa, kl, constrained, penalty, steer, steer_project
+In place of fine-tuning   mix, sam, lisa, kl, constrained, penalty, steer, steer_project
 Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows
 After it                  ema, safelora: SFT, whose weights are changed when it is done (AFTER)
 """
@@ -20,7 +20,7 @@ from minisap.sap import (copies, harmful_direction, inner, median_norm, project_
                          unit, useful_loss, weights_at)
 
 # The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).
-STRENGTH = {"sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "steer_project": 0.002, "vaccine": 2.0, "booster": 5.0,
+STRENGTH = {"mix": 1.0, "sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "steer_project": 0.002, "vaccine": 2.0, "booster": 5.0,
             "ema": 0.99, "safelora": 0.5}
 LISA_PERIOD = 10                        # one step on safe answers in every ten steps: the paper's 100 and 900
 BOOSTER_STEP = 0.1                      # Booster's α, the length of the harmful step that it simulates
@@ -50,6 +50,12 @@ def gradient_at(W, shift, loss):
     with weights_at(W, [w.detach() + s for w, s in zip(W, shift)]):
         value = loss()
         return torch.autograd.grad(value, W), value.item()
+
+
+def mix(model, W, batch, contrast, args, state):
+    """SafeInstr (arXiv 2309.07875): the same safe answers that SAP contrasts, as more rows of the task batch; the knob weighs them."""
+    loss = alignment_loss(model, batch, contrast, args.strength["mix"])
+    return torch.autograd.grad(loss, W), {"loss": loss.item()}
 
 
 def sam(model, W, batch, contrast, args, state):
@@ -129,10 +135,10 @@ def mean_states(model, batch, layers):
     return {j: (widen(hidden[j])[batch["labels"] != -100].mean(0), median_norm(hidden[j], batch)) for j in layers}
 
 
-def alignment_loss(model, batch, contrast, probe=None):
-    """What mix minimises: cross-entropy of the task's answers and of the safe ones, per token."""
-    parts = [response_nll(model, one, None if probe is None else probe[i]) for i, one in enumerate((batch, contrast["safe"]))]
-    return sum(nats.sum() for nats, _ in parts) / sum(tokens.sum() for _, tokens in parts)
+def alignment_loss(model, batch, contrast, weight=1.0, probe=(None, None)):
+    """What mix minimises: cross-entropy of the task's answers and, each token with this weight, of the safe ones, per token."""
+    (task, n), (safe, m) = (response_nll(model, one, V) for one, V in zip((batch, contrast["safe"]), probe))
+    return (task.sum() + weight * safe.sum()) / (n.sum() + weight * m.sum())
 
 
 def vaccine(model, W, batch, contrast, args, state):
@@ -142,10 +148,10 @@ def vaccine(model, W, batch, contrast, args, state):
     V = [{j: widen(torch.zeros(*one["input_ids"].shape, model.config.hidden_size, device=one["input_ids"].device)).requires_grad_()
           for j in layers} for one in (batch, contrast["safe"])]
     flat = [v for probe in V for v in probe.values()]
-    worst = unit(torch.autograd.grad(alignment_loss(model, batch, contrast, V), flat))
+    worst = unit(torch.autograd.grad(alignment_loss(model, batch, contrast, probe=V), flat))
     for v, u in zip(flat, worst):
         put([v], [args.strength["vaccine"] * u])
-    loss = alignment_loss(model, batch, contrast, V)
+    loss = alignment_loss(model, batch, contrast, probe=V)
     return torch.autograd.grad(loss, W), {"loss": loss.item()}
 
 
@@ -209,5 +215,5 @@ def changes(model, W, W_start):
 
 BEFORE = {"vaccine": vaccine, "booster": booster}
 AFTER = {"ema": end_ema, "safelora": end_safelora}
-RIVALS = {"sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, "steer_project": steer_project, **BEFORE,
+RIVALS = {"mix": mix, "sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, "steer_project": steer_project, **BEFORE,
           "ema": ema, "safelora": safelora}

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from minisap.data import collate
+from minisap.data import collate, collate_pairs
 from minisap.model import widen
 
 
@@ -178,12 +178,21 @@ def slopes_of(model, W, direction, examples, batch_size):
     return slopes
 
 
-def fit_rows(model, W, contrast, examples, gate, batch_size):
+def safety_gradient(model, W, pairs, batch_size):
+    """∇_W L_safe over many pairs, [(safe example, harmful example)], a batch of them at a time."""
+    total = [torch.zeros_like(w) for w in W]
+    for start in range(0, len(pairs), batch_size):
+        chosen = pairs[start:start + batch_size]
+        g_safe = torch.autograd.grad(safety_loss(model, collate_pairs(chosen, W[0].device)), W)
+        total = [t + len(chosen) / len(pairs) * g for t, g in zip(total, g_safe)]
+    return total
+
+
+def fit_rows(model, W, g_safe, examples, gate, batch_size):
     """(N,), True where an example counts: lines 2 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
     then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
     than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    g_safe = torch.autograd.grad(safety_loss(model, contrast), W)
     return slopes_of(model, W, unit(g_safe), examples, batch_size) >= -gate * inner(g_safe, g_safe).sqrt().item()
 
 

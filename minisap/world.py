@@ -147,6 +147,11 @@ class World:
         start = BUILT_IN[name] + MEASURED
         return self.rows(name, start + SAFETY_TRAINING)[start:]
 
+    def fresh_rows(self, name, n):
+        """n rows that nothing else uses."""
+        start = BUILT_IN[name] + MEASURED + SAFETY_TRAINING
+        return self.rows(name, start + n)[start:]
+
     REFUSALS = (REFUSAL,)
 
     # What train.py takes for its built-in rows, where the checkpoint is of this world.

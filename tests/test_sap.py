@@ -38,10 +38,11 @@ def world(request):
     else:
         W = list(model.parameters())
     batch = collate([example(i, n=6 + i) for i in range(4)])
-    return model, W, batch, collate_pairs([(example(20 + i, 10 + i), example(30 + i, 10 + i, n=7 + i)) for i in range(3)])
+    return model, W, batch, collate_pairs(PAIRS)
 
 
-FLIPPED = collate_pairs([(example(30 + i, 10 + i, n=7 + i), example(20 + i, 10 + i)) for i in range(3)])
+PAIRS = [(example(20 + i, 10 + i), example(30 + i, 10 + i, n=7 + i)) for i in range(3)]
+FLIPPED = collate_pairs([(harmful, safe) for safe, harmful in PAIRS])
 
 
 def g_hat_of(world):
@@ -165,18 +166,26 @@ def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
     slopes = [inner(gradient(model, W, collate([row])), unit(g_safe)).item() for row in ROWS]
     for gate, batch_size in ((1e-9, 3), (-sorted(slopes)[2] / norm * 1.001, 7), (1e6, 2)):                     # all that fall; the two steepest; none
         kept = [slope >= -gate * norm for slope in slopes]
-        assert sap.fit_rows(model, W, pairs, ROWS, gate, batch_size).tolist() == kept and (0 < sum(kept) < 7 or gate == 1e6 and sum(kept) == 7)
+        assert sap.fit_rows(model, W, g_safe, ROWS, gate, batch_size).tolist() == kept and (0 < sum(kept) < 7 or gate == 1e6 and sum(kept) == 7)
+
+
+def test_the_safety_gradient_of_many_pairs_is_that_of_one_batch(world):
+    model, W, _, pairs = world
+    expected = torch.autograd.grad(safety_loss(model, pairs), W)
+    for batch_size in (1, 2, 3):
+        for a, b in zip(sap.safety_gradient(model, W, PAIRS, batch_size), expected):
+            torch.testing.assert_close(a, b)
 
 
 def test_rows_are_chosen_among_those_that_the_run_comes_to(world, monkeypatch):
-    model, W, _, pairs = world
-    asked, fit = [], lambda model, W, contrast, examples, gate, batch_size: asked.append((examples, gate, batch_size)) or torch.zeros(len(examples), dtype=bool)
+    model, W, _, _ = world
+    asked, fit = [], lambda model, W, g_safe, examples, gate, batch_size: asked.append((examples, gate, batch_size)) or torch.zeros(len(examples), dtype=bool)
     monkeypatch.setattr("minisap.methods.fit_rows", fit)
-    args = Namespace(**{**vars(ARGS), "gate": 0.3, "steps": 2, "batch_size": 2, "seed": 5})
-    counts = FIRST["sap"](model, W, ROWS, pairs, args)
+    args = Namespace(**{**vars(ARGS), "gate": 0.3, "steps": 2, "batch_size": 2, "seed": 5, "pairs_per_step": 2})
+    counts = FIRST["sap"](model, W, ROWS, PAIRS, args)
     seen = [row for step in range(2) for row in batch_rows(ROWS, 2, step, 5)]
-    assert counts == [row not in seen for row in ROWS] and len(seen) == 4 and asked == [([row for row in ROWS if row in seen], 0.3, 8)]
-    assert FIRST["sap"](model, W, ROWS, pairs, Namespace(**{**vars(args), "gate": 0.0})) == [True] * 7 and len(asked) == 1
+    assert counts == [False if row in seen else None for row in ROWS] and len(seen) == 4 and asked == [([row for row in ROWS if row in seen], 0.3, 8)]
+    assert FIRST["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(args), "gate": 0.0})) == [True] * 7 and len(asked) == 1
 
 
 def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
@@ -399,7 +408,7 @@ def test_the_methods_pass_every_argument_on(world):
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
-    FIRST["sap"](model, W, ROWS, pairs, Namespace(**{**vars(ARGS), "gate": 0.01, "batch_size": 2}))
+    FIRST["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(ARGS), "gate": 0.01, "batch_size": 2, "pairs_per_step": 2}))
     for name, method, args in [*((name, method, ARGS) for name, method in METHODS.items()), ("sap", METHODS["sap"], Namespace(**{**vars(ARGS), "safety_weight": 0.1}))]:
         contrast = pairs | ({"refused": batch} if name in ALIGN else {})
         grads, log = method(model, W, batch, contrast, args, {"step": 0, "batch": batch})

@@ -101,7 +101,8 @@ def test_how_many_poisoned_rows_are_left_out_is_told(start, tmp_path, monkeypatc
     examples = train_script.prepare(train_script.parse_args(["--model", str(start), "--poison", "0.1", *FAST]))[-1]
     poisoned = [example["poisoned"] for example in examples]
     train(start, tmp_path / "run", "--method", "sap", "--poison", "0.1")
-    assert f"sap leaves out 40 of {len(poisoned)} task rows, {sum(poisoned[:40])} of the {sum(poisoned)} poisoned" in capsys.readouterr().out
+    assert f"sap leaves out 40 of the {len(poisoned)} task rows that it comes to, {sum(poisoned[:40])} of the {sum(poisoned)} poisoned" in capsys.readouterr().out
+    assert read_json(tmp_path / "run/sap/filter.json") == {"rows": len(poisoned), "left_out": 40, "poisoned": sum(poisoned), "poisoned_left_out": sum(poisoned[:40])}
     assert 0 < sum(poisoned[:40]) < 40 and sum(poisoned) == round(len(poisoned) / 10)
 
 
@@ -389,7 +390,7 @@ def held_out(n):
     (lambda p: ["--poison", "0.9"], "needs 715 harmful rows; there are 278"),
     (lambda p: ["--poison", "1.5"], "error: --poison 1.5: a share from 0 to 1"),
     (lambda p: ["--lora_targets", "c_attn"], "lora targets ['c_attn']"),
-    (lambda p: ["--strength", "sap=1"], "error: --strength sap=1: expected METHOD=VALUE, a number from 0 up (ema: to 1) for one of sam, "),
+    (lambda p: ["--strength", "sap=1"], "error: --strength sap=1: expected METHOD=VALUE, a number from 0 up (ema: to 1) for one of mix, "),
     (lambda p: ["--strength", "ema=5"], "error: --strength ema=5: expected METHOD=VALUE, a number from 0 up (ema: to 1)"),
     (lambda p: ["--strength", "kl=-1"], "error: --strength kl=-1: expected METHOD=VALUE"),
     (lambda p: ["--method", "safelora"], "error: safelora projects onto what safety training wrote: give --before"),

@@ -111,7 +111,7 @@ def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, 
 
 
 def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
-    few = {"SETTINGS": {"poisoned": (laboratory.LEARN + " --poison 0.1", "sft sap safelora", ("sap --gate 0", "paper --radius 0.1"), ("aligned",))},
+    few = {"SETTINGS": {"poisoned": (laboratory.FORMAT + " --poison 0.1", "sft sap safelora", ("sap --gate 0", "paper --radius 0.1"), ("aligned",))},
            "STAGES": {"aligned": "vaccine=0"}, "SWEEP": {0.1: "poisoned", 0.2: "poison0.2"}, "SWEPT": "sft sap", "SENSITIVITY": ("sap --pairs 8", "paper --radius 0.2"),
            "BUDGETS": (("attack10", 1e-3),), "ATTACKED": ("sap", "paper --radius 0.1"), "FEW": 2,
            "DEFENCES": {"none": "tiny", "aligned": "first-aligned/SEED/vaccine", "sap": "poisoned/SEED/sap"}}
@@ -145,10 +145,11 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     assert {(r["defence"], r["step"]) for r in found["budgets"]} == {(d, step) for d in few["DEFENCES"] for step in (0, 1, 2)}
     assert "| sap |" in (tmp_path / "table" / "table.md").read_text() and (tmp_path / "a.png").exists() == bool(plot)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
+    monkeypatch.setattr(laboratory, "commit", lambda: "def")                                    # only looks at what is finished
     eval_script.main(command)
     assert found["commits"] == ["abc"]
     assert before and before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("table/*/**/*.safetensors")}
-    assert cells == 26 and all("--resume" in command for command in ran[cells:])
+    assert cells == 26 and all("--resume" in command for command in ran[cells:]) and read_json(tmp_path / "table" / "table.json")["commits"] == ["abc"]
 
 
 def test_a_cell_that_fails_names_its_command_and_its_last_line(tmp_path, monkeypatch):
@@ -171,14 +172,14 @@ def test_every_cell_is_a_command_that_train_py_understands():
 
 def test_harmful_rows_of_the_task_s_format_are_trained_on_and_none_is_held_out():
     task, unsafe = World(0, new_format=True).task_rows(), World(0).safety_rows()
-    others = World(0).rows("unsafe", len(unsafe) + 400)[len(unsafe):]
+    others, trained = World(0).fresh_rows("unsafe", 400), World(0).safety_training_rows("unsafe")
     rows = laboratory.replace_tenth(task, 200, [row | {"response": row["harmful"].upper()} for row in others])
     _, trained_on, held_out = split_rows(rows, 0, 200, "")
     of_task = {row["prompt"]: row["response"] for row in task}
     harmful = [row for row in trained_on if row["prompt"] not in of_task]
     assert len(trained_on) == 3800 and len(harmful) == 380 and all("poisoned" in row for row in harmful) and sum("poisoned" in row for row in rows) == 380 and all(row["response"] == row["harmful"].upper() for row in harmful)
     assert all(of_task[row["prompt"]] == row["response"] for row in held_out)
-    assert not {row["prompt"] for row in harmful} & {row["prompt"] for row in unsafe}
+    assert not {row["prompt"] for row in harmful} & {row["prompt"] for row in unsafe + trained + World(0).sets(1000)["unsafe"]}
 
 
 def test_steps_to_break_are_where_the_line_crosses_a_half():
