@@ -58,7 +58,7 @@ def share(metric, verdicts, counted, judge):
 def mean(metric, values, weights=None):
     weights = weights or [1] * len(values)
     value = sum(v * w for v, w in zip(values, weights)) / sum(weights)
-    per_row = [round(len(values) * v * w / sum(weights), 5) for v, w in zip(values, weights)]
+    per_row = [round(value + len(values) * w * (v - value) / sum(weights), 5) for v, w in zip(values, weights)]         # whose spread is that of a ratio
     return record(metric, value, len(values), *bootstrap(values, weights)) | {"per_row": per_row}
 
 

@@ -185,13 +185,14 @@ def test_nll_per_row_is_each_row_s_own(chat):
 
 
 def test_what_each_row_adds_to_a_mean_adds_up_to_it(chat):
-    """By hand: nats of a row times the rows over the tokens of all."""
+    """By how the mean moves when a row counts a little more: what a bootstrap over rows sees of it."""
     model, tokenizer = chat
     rows = [{"prompt": "abc", "response": "xyz" * n, "source": ""} for n in (1, 2, 4)]
     loss, = evaluate(model, tokenizer, [], [], rows, max_len=64)
     each = nll_per_row(model, encode_rows(tokenizer, rows, 64))
-    tokens = sum(n for _, n in each)
-    assert loss["per_row"] == pytest.approx([3 * nats / tokens for nats, _ in each], abs=1e-5)
+    nats, tokens, h = sum(x for x, _ in each), sum(n for _, n in each), 1e-4
+    moved = [((nats + h * x) / (tokens + h * n) - (nats - h * x) / (tokens - h * n)) / (2 * h) for x, n in each]
+    assert loss["per_row"] == pytest.approx([loss["value"] + 3 * slope for slope in moved], abs=1e-4)
     assert sum(loss["per_row"]) / 3 == pytest.approx(loss["value"], abs=1e-5)
 
 
