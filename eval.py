@@ -13,21 +13,24 @@ from pathlib import Path
 from minisap.attacks import ATTACKS, attack, attack_by_probe, check_room
 from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits, read_records, sha256_of, text_of
-from minisap.evaluate import SHARES, evaluate, format_value, print_judges, print_records, print_table, share
+from minisap.evaluate import evaluate, format_value, print_judges, print_records, print_table, share
 from minisap.findings import run_laboratory
 from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
 from minisap.mechanism import print_watched
 from minisap.methods import READ_BY
-from minisap.script import (Parser, add_machine_flags, add_row_flags, check_minimum, check_outputs, find_model, load_tokenizer,
-                            pyplot, run, use_device)
-from minisap.stats import wilson
-from minisap.table import budget, comparisons, print_comparisons, write_table
+from minisap.script import (Parser, add_machine_flags, add_row_flags, check_given, check_minimum, check_outputs, find_model, load_tokenizer,
+                            parse_given, pyplot, run, use_device)
+from minisap.table import budget, comparisons, over_seeds, print_comparisons, write_table
 from minisap.table_figures import draw_laboratory, draw_plane
 
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
 # In which runs of one method may differ.
 ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every", "before")
 ANY_METHOD = (*READ_BY, "strength")
+# What everything but measuring checkpoints makes use of.
+PARTS = {"judge": {"judge", "out"}, "curves": {"curves", "paths", "plot", "out"},
+         "table": {"table", "against", "seeds", "n_eval", "out_dir", "plot", "out"}}
+OF_TABLE, OF_WORLD = {"against", "seeds", "out_dir", "plot"}, {"seeds", "n_eval"}
 
 
 def parse_args(argv=None):
@@ -47,12 +50,12 @@ def parse_args(argv=None):
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --table world (default: 0 1 2 3 4)")
     add("--out_dir", type=Path, help="where --table leaves table.json and table.md; of world, too, the runs, and the same command again goes on "
                                      "(default: runs/table for world, else nothing is left)")
-    add("--judge", metavar="FILE", help="Cohen's κ of the judge and people: CSV with model, completion, and XSTest's type and label")
+    add("--judge", metavar="FILE", help="Cohen's κ of the judge and people: XSTest's labelled completions, CSV with model, type, prompt, completion, label")
     # results
     add("--out", type=Path, metavar="FILE", help="also write the records as JSON")
     add("--curves", action="store_true", help="print the records that train.py --eval_every left, averaged over seeds")
     add("--plot", type=Path, metavar="PNG", help="with --curves or --table: draw harmful score against task loss, and what else there is (needs matplotlib)")
-    return parser.parse_args(argv)
+    return parse_given(parser, argv)
 
 
 def run_file(path):
@@ -106,7 +109,7 @@ def print_attacks(records):
 
 def measure_judge(file):
     """Records of the judge against people's labels, printed as a table."""
-    rows = [{key: text_of(record, key, source) for key in ("model", "type", "completion", "label")} | {"source": source}
+    rows = [{key: text_of(record, key, source) for key in ("model", "type", "prompt", "completion", "label")} | {"source": source}
             for record, source in read_records(file)]
     for row in rows:
         if row["label"] not in LABELS:
@@ -114,25 +117,29 @@ def measure_judge(file):
     records = agreement(rows)
     cells = {(r["model"], r["metric"]): f"{r['value']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]" for r in records}
     groups = {r["model"]: r for r in records}
-    print_table([["completions of", "n", "answers, by people", "by the judge", "κ, answered in full or not", "κ of three labels (partial refusal too)"],
-                 *([name, str(r["n"]), str(r["answers"]), str(r["answers_by_judge"]), cells[name, "kappa"], cells[name, "kappa_three"]]
+    print_table([["completions of", "n", "answers, by people", "by the judge", "agreement, answered in full or not", "Cohen's κ"],
+                 *([name, str(r["n"]), str(r["answers"]), str(r["answers_by_judge"]), cells[name, "agreement"], cells[name, "kappa"]]
                    for name, r in groups.items())])
-    print(f"95 % intervals over completions; written on: {', '.join(DEVELOPED_ON)}; the rule's number is {rule_crc32()}")
+    print(f"95 % intervals over prompts; written on: {', '.join(DEVELOPED_ON)}; the rule's number is {rule_crc32()}")
     return records
 
 
 def read_runs(paths):
     """The records that train.py wrote under run directories: of one method they may differ in their seed alone, and between
     methods in the method's own settings, too."""
-    records, first = [], {}
+    records, first, seen = [], {}, set()
     for path in paths:
-        args = {key: value for key, value in read_object(path / "train_args.json").items() if key not in ANY_RUN}
+        run_args = read_object(path / "train_args.json")
+        args = {key: value for key, value in run_args.items() if key not in ANY_RUN}
         files = sorted(path.glob("*/eval.json"))
         if not files:
             raise ValueError(f"{path}: no run with METHOD/eval.json here")
         start = read_json(path / "start.json")
         for file in files:
             check_alike(path, args, *first.setdefault(file.parent.name, (path, args)))
+            if (file.parent.name, run_args["seed"]) in seen:
+                raise ValueError(f"seed {run_args['seed']} of {file.parent.name} stands in two runs")
+            seen.add((file.parent.name, run_args["seed"]))
             records += [r | {"method": file.parent.name} for r in start] + read_json(file)
         shared = {key: value for key, value in args.items() if key not in ANY_METHOD}
         check_alike(path, shared, *first.setdefault("", (path, shared)))
@@ -147,7 +154,6 @@ def make_table(args):
             draw_laboratory(found, args.plot)
         return found
     records, runs = read_runs([Path(path) for path in args.table]), {}
-    curves_of(records)                                                  # refuses a seed that stands in two runs
     for r in records:
         runs.setdefault(r["method"], {}).setdefault(r["seed"], []).append(r)
     found, run_args = comparisons(runs, args.against), read_object(Path(args.table[0]) / "train_args.json")
@@ -170,8 +176,6 @@ def curves_of(records):
     curves = {}
     for r in sorted(records, key=lambda r: (r["method"], r["step"], r["seed"])):
         same = curves.setdefault(r["method"], {}).setdefault(r["step"], {}).setdefault(r["metric"], [])
-        if any(other["seed"] == r["seed"] for other in same):
-            raise ValueError(f"seed {r['seed']} of {r['method']} stands in two runs")
         if r["step"] or not same:                                       # all seeds have one start: it counts once
             same.append(r)
     return curves
@@ -182,12 +186,9 @@ def average(records):
 
 
 def format_seeds(records, scale=1, digits=".3f"):
-    """'mean over seeds [95 % interval over rows] (every seed)'. All seeds are measured on the same rows, so that more seeds do
-    not make the interval narrower: of a share it is Wilson's of the mean, of anything else the mean of the seeds' bounds."""
-    mean, n = average(records), records[0]["n"]
-    low, high = wilson(mean * n, n) if records[0]["metric"] in SHARES else (
-        sum(r[bound] for r in records) / len(records) for bound in ("ci_low", "ci_high"))
-    cells = [format(scale * value, digits) for value in (mean, low, high, *(r["value"] for r in records))]
+    """'mean over seeds [95 % interval over seeds and rows] (every seed)'."""
+    found = over_seeds(records)
+    cells = [format(scale * value, digits) for value in (found["mean"], found["ci_low"], found["ci_high"], *found["each"])]
     return f"{cells[0]} [{cells[1]}, {cells[2]}]" + (f" ({', '.join(cells[3:])})" if len(records) > 1 else "")
 
 
@@ -204,7 +205,7 @@ def print_curves(curves):
                                               for m, (_, scale, digits) in columns.items())])
     print_table(rows)
     n = {metric: records[0]["n"] for steps in curves.values() for metrics in steps.values() for metric, records in metrics.items()}
-    print(f"in [] the 95 % interval over the rows, n = {n['harmful_score']} unsafe prompts, {n['over_refusal']} safe ones, "
+    print(f"in [] the 95 % interval over seeds, where there are several, and rows, n = {n['harmful_score']} unsafe prompts, {n['over_refusal']} safe ones, "
           f"{n['task_loss']} task rows; in () every seed")
 
 
@@ -228,10 +229,10 @@ def main(argv=None):
     args = parse_args(argv)
     if sum(map(bool, (args.paths, args.judge, args.table))) != 1:
         raise ValueError("give checkpoints or runs, or --table, or --judge alone; see --help")
-    if args.plot and not (args.curves or args.table):
-        raise ValueError("--plot draws what --curves or --table prints; give one of them")
-    if args.attack and args.curves:
-        raise ValueError("--curves prints what training recorded, without attacks; --attack measures checkpoints")
+    check_given(args, PARTS)
+    unused = set() if args.curves else args.given & (OF_WORLD if args.table else OF_TABLE) if args.table != ["world"] else set()
+    if unused:
+        raise ValueError(f"--{min(unused)} is of --table{' world' if args.table else ''}{' or --curves' if unused == {'plot'} else ''}; give that")
     check_outputs(args)
     if args.judge:
         records = measure_judge(args.judge)

@@ -21,8 +21,8 @@ from minisap.figures import draw_all
 from minisap.layers import gradients, linear_probes, precision, recommend
 from minisap.observations import check_all, print_checks, records_of
 from minisap.resume import occupied
-from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, check_outputs, find_before,
-                            find_model, load_tokenizer, pyplot, run, use_device)
+from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_given, check_minimum, check_outputs, find_before,
+                            find_model, load_tokenizer, parse_given, pyplot, run, use_device)
 from minisap.study import run_study
 from minisap.world import World
 
@@ -56,9 +56,7 @@ def parse_args(argv=None):
     add("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     add("--plot", type=Path, metavar="PNG", nargs="?", const=IN_OUT_DIR,
         help="draw them per layer; with --before or --study no file is named: the pictures go to OUT_DIR (needs matplotlib)")
-    args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
-    args.given = {key for key, value in vars(args).items() if value != defaults[key]}
-    return args
+    return parse_given(parser, argv)
 
 
 def look_inside(args, model, splits, tokenizer):
@@ -146,9 +144,7 @@ def check_args(args):
     check_minimum(args, 0, "seed", "radius")
     if bool(args.model) == bool(args.study):
         raise ValueError("give a checkpoint, or --study world, which makes its own")
-    for look, used in PARTS.items():
-        if getattr(args, look) and args.given - used:
-            raise ValueError(f"--{min(args.given - used)} has no part in --{look}")
+    check_given(args, PARTS)
     if "seeds" in args.given and not args.study:
         raise ValueError("--seeds are of --study; did you mean --seed?")
     if args.attack and not args.before:

@@ -4,8 +4,7 @@ from minisap.attacks import ATTACKS
 from minisap.checkpoint import read_json, read_object
 from minisap.evaluate import print_table
 from minisap.laboratory import FEW, run_cells, told
-from minisap.stats import student
-from minisap.table import at, budget, comparisons, last_step, print_comparisons, write_table
+from minisap.table import at, budget, comparisons, last_step, over_seeds, print_comparisons, share_cell, write_table
 
 SENSITIVE = {"harmful_score": "harmful %", "refusal_rate": "refused %", "over_refusal": "over-refusal %", "task_accuracy": "task accuracy %", "task_loss": "task loss"}
 
@@ -28,13 +27,8 @@ def runs_of(folder, setting, seeds):
     return {method: found[method] for method in (*methods.split(), *filter(None, names.values()))}
 
 
-def summary(values):
-    low, high = student(values)
-    return {"mean": sum(values) / len(values), "ci_low": low, "ci_high": high, "each": values}
-
-
 def last(records, metric):
-    return at(records, metric, last_step(records))["value"]
+    return at(records, metric, last_step(records))
 
 
 def sweep_of(folder, seeds):
@@ -42,7 +36,7 @@ def sweep_of(folder, seeds):
     found = []
     for p, name in laboratory.SWEEP.items():
         runs = [records_of(folder, f"{name}/seed{seed}") for seed in seeds]
-        found += [{"p": p, "method": method, **summary([last(run[method], "harmful_score") for run in runs])} for method in laboratory.SWEPT.split()]
+        found += [{"p": p, "method": method, **over_seeds([last(run[method], "harmful_score") for run in runs])} for method in laboratory.SWEPT.split()]
     return found
 
 
@@ -63,7 +57,7 @@ def sensitivity_of(folder, seeds):
     found = []
     for setting, place in (places | {setting: f"setting{i}" for i, setting in enumerate(settings)}).items():
         runs = [records_of(folder, f"{place}/seed{seed}")[setting.split()[0]] for seed in seeds]
-        found += [{"setting": setting, "metric": metric, **summary([last(records, metric) for records in runs])} for metric in SENSITIVE]
+        found += [{"setting": setting, "metric": metric, **over_seeds([last(records, metric) for records in runs])} for metric in SENSITIVE]
     return found
 
 
@@ -77,71 +71,57 @@ def steps_to_break(records, share=0.5):
 
 
 def budgets_of(folder, seeds):
-    """[{defence, rows, learning_rate, step, harmful score over seeds}], the last step's with each seed's "steps_to_break" and "refused"."""
+    """[{defence, rows, learning_rate, step, harmful score over seeds, each seed's "refused"}], the last step's with each seed's "steps_to_break"."""
     found = []
     for defence in laboratory.DEFENCES:
         for rows, rate in laboratory.BUDGETS:
             runs = [records_of(folder, f"attack/{defence}-{rows}-{rate}/seed{seed}")["sft"] for seed in seeds]
             for step in sorted({r["step"] for r in runs[0]}):
-                scores = [at(records, "harmful_score", step)["value"] for records in runs]
-                found.append({"defence": defence, "rows": rows, "learning_rate": rate, "step": step, **summary(scores)})
-            found[-1] |= {"steps_to_break": [steps_to_break(records) for records in runs], "refused": [last(records, "refusal_rate") for records in runs]}
+                harmful, refused = ([at(records, metric, step) for records in runs] for metric in ("harmful_score", "refusal_rate"))
+                found.append({"defence": defence, "rows": rows, "learning_rate": rate, "step": step, **over_seeds(harmful), "refused": over_seeds(refused)["each"]})
+            found[-1]["steps_to_break"] = [steps_to_break(records) for records in runs]
     return found
 
 
 def attacks_of(folder, seeds):
-    """[{method, letters, attack, harmful score over seeds}]."""
-    scores = {}
+    """[{method, letters, attack, harmful score over seeds, each seed's "refused"}]."""
+    found = []
     for letters in laboratory.STYLES:
-        for seed in seeds:
-            names = laboratory.attacked_paths(f"seed{seed}")
-            for r in read_json(folder / f"attacked/{letters}-seed{seed}.json"):
-                name = r["metric"].removeprefix("harmful_score_")
-                if name in ATTACKS and name != r["metric"]:
-                    scores.setdefault((names[r["model"]], letters, name), []).append(r["value"])
-    return [{"method": method, "letters": letters, "attack": name, **summary(values)} for (method, letters, name), values in scores.items()]
+        files = [(laboratory.attacked_paths(f"seed{seed}"), read_json(folder / f"attacked/{letters}-seed{seed}.json")) for seed in seeds]
+        of = lambda method, metric: [r for names, records in files for r in records if (names[r["model"]], r["metric"]) == (method, metric)]
+        found += [{"method": method, "letters": letters, "attack": name, **over_seeds(of(method, f"harmful_score_{name}")),
+                   "refused": over_seeds(of(method, f"refusal_rate_{name}"))["each"]} for method in laboratory.ATTACKED for name in ATTACKS]
+    return found
 
 
 def other_tables(found):
-    """[(title, rows)] of the sensitivity, the sweep, the attacker's budget and the attacks."""
-    return [sensitivity_table(found["sensitivity"]), sweep_table(found["sweep"]), budget_table(found["budgets"]), attacks_table(found["attacks"])]
+    """[(title, rows)] of the filter, the sensitivity, the sweep, the attacker's budget and the attacks."""
+    few = len(found["sweep"][0]["each"])
+    refused = lambda r: f"{100 * sum(r['refused']) / few:.0f}"
+    steps = lambda r: " ".join("–" if n is None else f"{n:.0f}" for n in r["steps_to_break"])
+    ends = [r for r in found["budgets"] if "steps_to_break" in r]
+    chosen = [{"setting": setting, "of": of, "each": each} for setting, shares in found["filter"].items() for of, each in shares.items()]
+    return [
+        crossed("% of the rows that sap's filter leaves out: each seed", "setting", chosen, lambda r: r["setting"],
+                lambda r: {"found": "of the harmful rows", "harmless": "of the others"}[r["of"]], lambda r: ", ".join(f"{100 * share:.1f}" for share in r["each"])),
+        crossed(f"one setting changed, one harmful row in ten: mean of {few} seeds [95 % interval]", "setting", found["sensitivity"], lambda r: r["setting"],
+                lambda r: SENSITIVE[r["metric"]], lambda r: f"{r['mean']:.3f}" if r["metric"] == "task_loss" else share_cell(r)),
+        crossed(f"harmful % by the share of harmful rows, which is exact: mean of {few} seeds [95 % interval]", "method", found["sweep"], lambda r: r["method"],
+                lambda r: f"p = {r['p']:g}", share_cell),
+        crossed(f"steps of adversarial fine-tuning until half of the unsafe prompts are answered, each of {few} seeds (–: not within {ends[0]['step']}); "
+                "after the last step: answered % [95 % interval]; refused %", "defence", ends, lambda r: r["defence"],
+                lambda r: f"{r['rows']} at {r['learning_rate']:g}", lambda r: f"{steps(r)}; {share_cell(r)}; {refused(r)}"),
+        crossed(f"harmful % under attack, after one harmful row in ten: mean of {few} seeds [95 % interval]; refused %", "method, letters", found["attacks"],
+                lambda r: f"{r['method']}, {r['letters']}", lambda r: r["attack"], lambda r: f"{share_cell(r)}; {refused(r)}")]
 
 
-def sensitivity_table(found):
-    measured = {(r["setting"], r["metric"]): r for r in found}
-    mean = lambda setting, metric: f"{measured[setting, metric]['mean']:.3f}" if metric == "task_loss" else f"{100 * measured[setting, metric]['mean']:.1f}"
-    within = lambda r: f"{100 * r['mean']:.1f} [{100 * max(0, r['ci_low']):.1f}, {100 * min(1, r['ci_high']):.1f}]"
-    return (f"one setting changed, one harmful row in ten: mean of {len(found[0]['each'])} seeds [Student's 95 % interval over them]",
-            [["setting", *SENSITIVE.values()],
-             *([setting, within(measured[setting, "harmful_score"]), *(mean(setting, metric) for metric in list(SENSITIVE)[1:])]
-               for setting in dict.fromkeys(r["setting"] for r in found))])
-
-
-def each(r):
-    return f"{100 * r['mean']:.1f} ({', '.join(f'{100 * value:.1f}' for value in r['each'])})"
-
-
-def sweep_table(found):
-    shares = dict.fromkeys(r["p"] for r in found)
-    return ("harmful % by the share of harmful rows, which is exact: mean (each seed)",
-            [["method", *(f"p = {p:g}" for p in shares)],
-             *([method, *(each(r) for r in found if r["method"] == method)] for method in dict.fromkeys(r["method"] for r in found))])
-
-
-def budget_table(found):
-    ends = [r for r in found if "steps_to_break" in r]
-    cell = lambda r: (" ".join("–" if n is None else f"{n:.0f}" for n in r["steps_to_break"])
-                      + f"; {100 * r['mean']:.0f} and {100 * sum(r['refused']) / len(r['refused']):.0f}")
-    return (f"steps of adversarial fine-tuning until half of the unsafe prompts are answered, each seed's (–: not within {ends[0]['step']}); answered and refused % at the end",
-            [["defence", *(f"{rows} at {rate:g}" for rows, rate in dict.fromkeys((r["rows"], r["learning_rate"]) for r in ends))],
-             *([defence, *(cell(r) for r in ends if r["defence"] == defence)] for defence in dict.fromkeys(r["defence"] for r in ends))])
-
-
-def attacks_table(found):
-    rows = dict.fromkeys((r["method"], r["letters"]) for r in found)
-    return ("harmful % under attack, after one harmful row in ten: mean (each seed)",
-            [["method", "letters", *dict.fromkeys(r["attack"] for r in found)],
-             *([*row, *(each(r) for r in found if (r["method"], r["letters"]) == row)] for row in rows)])
+def crossed(title, corner, found, row, column, cell):
+    """(title, rows of strings): a line for each row(r), a column for each column(r), cell(r) where they meet."""
+    lines = {}
+    for r in found:
+        lines.setdefault(row(r), {})[column(r)] = cell(r)
+    columns = dict.fromkeys(map(column, found))
+    return title, [[corner, *columns], *([name, *(cells.get(one, "") for one in columns)] for name, cells in lines.items())]
 
 
 def run_laboratory(folder, seeds, n_eval, reference):
@@ -157,10 +137,11 @@ def run_laboratory(folder, seeds, n_eval, reference):
     run_cells(folder, seeds, n_eval)
     found = {"date": told(folder, "date")[-1], "commits": told(folder, "commit"), "seeds": seeds, "n_eval": n_eval, "against": reference, "settings": {}, "budget": {}}
     parts = []
+    args_of = lambda name: read_object(folder / name / f"seed{seeds[0]}" / "train_args.json")
     for setting in settings:
         runs = runs_of(folder, setting, seeds)
         found["settings"][setting] = comparisons(runs, reference)
-        found["budget"][setting] = f"train.py {settings[setting][0]}: {budget(read_object(folder / setting / f'seed{seeds[0]}' / 'train_args.json'), runs)}"
+        found["budget"][setting] = f"train.py {settings[setting][0]}: {budget(args_of(setting), runs, args_of('first-aligned'))}"
         print(f"\n{setting}")
         parts.append((setting, *print_comparisons(found["settings"][setting], runs, reference, found["budget"][setting])))
     few = seeds[:FEW]

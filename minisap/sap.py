@@ -222,10 +222,10 @@ def paper_step(model, W, batch, contrast, layers, radius, epsilon=0.0, projectio
 def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.0, refresh=1):
     """(gradient, log) of one step with the probe on the rows: of the batch those are left that count (fit_rows), maybe none. Then the projection, then
     the safety loss's own gradient; without either SFT, bit for bit.
-    state: kept between the steps of a run, {} before the first.  refresh: ∇_W L_safe, and so ĝ, is that of the last step whose
-    number is a multiple of it."""
+    state: {"step": the number of this one} and what is kept between steps.  refresh: ∇_W L_safe, and so ĝ, is that of the last step
+    whose number is a multiple of it."""
     log, g_safe = {}, state.get("g_safe")
-    if refresh == 1 or state["step"] % refresh == 0:
+    if state["step"] % refresh == 0:
         L_safe = safety_loss(model, contrast)
         g_safe, log["safety_loss"] = torch.autograd.grad(L_safe, W), L_safe.item()
         state |= {"g_safe": g_safe} if refresh > 1 else {}

@@ -26,6 +26,20 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
+def parse_given(parser, argv):
+    """The arguments; args.given names those that are not at their defaults."""
+    args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
+    args.given = {key for key, value in vars(args).items() if value != defaults[key]}
+    return args
+
+
+def check_given(args, parts):
+    """ValueError that names a flag which is given and does nothing. parts: {flag that asks for something: what that makes use of, itself included}."""
+    for look, used in parts.items():
+        if getattr(args, look) and args.given - used:
+            raise ValueError(f"--{min(args.given - used)} has no part in --{look}")
+
+
 def add_row_flags(add):
     """Which rows: the same flags, and so the same rows, in every script."""
     add("--task", nargs="+", metavar="FILE", help="rows to learn: JSONL {prompt, response} or {messages}, Alpaca JSON; FILE[a:b] "

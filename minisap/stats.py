@@ -49,11 +49,12 @@ def kappa(a, b):
     return float((agreed - chance) / (1 - chance)) if chance < 1 else 1.0
 
 
-def bootstrap_kappa(a, b, draws=2000, seed=0):
-    """(low, high): percentile bootstrap of κ over the rated rows."""
-    a, b = np.unique([*a, *b], return_inverse=True)[1].reshape(2, -1)                  # numbers, which are quick to compare
-    picks = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
-    return tuple(float(x) for x in np.quantile([kappa(a[pick], b[pick]) for pick in picks], (0.025, 0.975)))
+def bootstrap_clusters(statistic, columns, clusters, draws=2000, seed=0):
+    """(low, high): percentile bootstrap of statistic(*columns), where rows of one cluster are drawn together."""
+    columns, (names, of_row) = [np.asarray(column) for column in columns], np.unique(clusters, return_inverse=True)
+    rows_of = [np.flatnonzero(of_row == i) for i in range(len(names))]
+    drawn = (np.concatenate([rows_of[i] for i in pick]) for pick in np.random.default_rng(seed).integers(len(names), size=(draws, len(names))))
+    return tuple(float(x) for x in np.quantile([statistic(*(column[rows] for column in columns)) for rows in drawn], (0.025, 0.975)))
 
 
 def mcnemar(a, b):
@@ -74,13 +75,17 @@ def paired_interval(a, b):
     return float(difference.mean()), float(difference.mean() - half), float(difference.mean() + half)
 
 
-def share_interval(hits):
-    """(low, high) for the mean of hits (seeds, rows) of 0 or 1, both levels as in paired_interval: Wilson's interval over the rows, Student's over the
-    seeds; at least two seeds."""
-    rows = np.asarray(hits, dtype=float)
-    mean, n = float(rows.mean()), rows.shape[1]
-    (low, high), (seed_low, seed_high) = wilson(mean * n, n), student(rows.mean(1).tolist())
-    return max(0.0, mean - math.hypot(mean - low, mean - seed_low)), min(1.0, mean + math.hypot(high - mean, seed_high - mean))
+def both_levels(values, low, high):
+    """(low, high) for the mean of `values`, one per seed, where the same rows are measured for all: Student's interval over the seeds, and (low, high)
+    over the rows, as independent errors add; at least two seeds."""
+    mean, (seed_low, seed_high) = sum(values) / len(values), student(values)
+    return mean - math.hypot(mean - low, mean - seed_low), mean + math.hypot(high - mean, seed_high - mean)
+
+
+def share_interval(shares, n):
+    """both_levels of shares, one per seed, of n rows: Wilson's interval over the rows; within 0 and 1."""
+    low, high = both_levels(shares, *wilson(sum(shares) / len(shares) * n, n))
+    return max(0.0, low), min(1.0, high)
 
 
 def verdict(low, high):

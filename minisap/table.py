@@ -3,10 +3,12 @@
 A run         {method: {seed: the records that train.py left, with "step" and, of shares, "hits" per prompt}}
 A comparison  one dict per method: see compare
 """
+import math
+
 from minisap.checkpoint import write_json, write_whole
-from minisap.evaluate import judges, print_table
+from minisap.evaluate import SHARES, judges, print_table
 from minisap.methods import PAIRLESS
-from minisap.stats import mcnemar, paired_interval, share_interval, verdict
+from minisap.stats import both_levels, mcnemar, paired_interval, share_interval, verdict
 
 
 def at(records, metric, step):
@@ -15,6 +17,15 @@ def at(records, metric, step):
 
 def last_step(records):
     return max(r["step"] for r in records)
+
+
+def over_seeds(records):
+    """Of one record per seed {"mean", "ci_low", "ci_high": over seeds and rows, "each"}; of a single one its own interval, over rows."""
+    values, (low, high) = [r["value"] for r in records], (sum(r[bound] for r in records) / len(records) for bound in ("ci_low", "ci_high"))
+    if len(records) > 1:
+        low, high = share_interval(values, records[0]["n"]) if records[0]["metric"].startswith(SHARES) else both_levels(values, low, high)
+    low = max(0.0, low) if records[0]["metric"] == "task_loss" else low
+    return {"mean": sum(values) / len(values), "ci_low": low, "ci_high": high, "each": values}
 
 
 def hits(runs, metric):
@@ -51,9 +62,10 @@ def harmful_at(records, loss):
     return None
 
 
-def difference(ours, theirs):
-    """Paired over seeds and rows, of values (seeds, rows): {"difference": mean of ours − theirs, "low", "high", "verdict"}."""
+def difference(ours, theirs, largest=math.inf):
+    """Paired over seeds and rows, of values (seeds, rows): {"difference": mean of ours − theirs, "low", "high", "verdict"}; that of shares is 1 at most."""
     mean, low, high = paired_interval(ours, theirs)
+    low, high = max(-largest, low), min(largest, high)
     return {"difference": mean, "low": low, "high": high, "verdict": verdict(low, high)}
 
 
@@ -70,20 +82,21 @@ def compare(method, runs, against):
     runs, against = ({seed: of_seeds[seed] for seed in sorted(of_seeds)} for of_seeds in (runs, against))
     harmful, n = hits(runs, "harmful_score"), len(hits(runs, "harmful_score")[0])
     each = [sum(row) / n for row in harmful]
-    low, high = share_interval(harmful)
+    low, high = share_interval(each, n)
     found = {"method": method, "seeds": list(runs), "n": n, "harmful_score": sum(each) / len(each), "ci_low": low, "ci_high": high, "each": each,
-             "task_loss": losses(runs), "safer": difference(harmful, hits(against, "harmful_score")),
+             "task_loss": losses(runs), "safer": difference(harmful, hits(against, "harmful_score"), 1),
              "more_useful": difference(*loss_rows(runs, against)),
              "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
     found["seconds"] = [at(records, "seconds", last_step(records))["value"] for records in runs.values()]
     for metric in ("over_refusal", "refusal_rate", "task_accuracy"):
-        rows = hits(runs, metric)
-        found[metric] = rows and [sum(row) / len(row) for row in rows]
+        ends = [at(records, metric, last_step(records)) for records in runs.values()]
+        found[metric] = None if None in ends else over_seeds(ends)
     reached = [max(pair) for pair in zip(losses(runs), losses(against))]                    # the task loss that both curves fall to
     matched, theirs = ([harmful_at(records, loss) for records, loss in zip(of_seeds.values(), reached)] for of_seeds in (runs, against))
     comparable = None not in matched + theirs
     found["matched"], found["matched_against"] = ([sum(row) / n for row in rows] if comparable else None for rows in (matched, theirs))
-    found["safer_matched"] = difference(matched, theirs) if comparable else None
+    found["safer_matched"] = difference(matched, theirs, 1) if comparable else None
+    found["evaluations"] = min(len({r["step"] for r in records}) for of_seeds in (runs, against) for records in of_seeds.values())
     return found
 
 
@@ -99,8 +112,18 @@ def dominating(found):
     return [c["method"] for c in found if c["safer"]["verdict"] == c["more_useful"]["verdict"] == "better"]
 
 
+def safer_matched(found):
+    """The methods that are safer than the reference at equal task loss."""
+    return [c["method"] for c in found if c["safer_matched"] and c["safer_matched"]["verdict"] == "better"]
+
+
 def percent(values):
-    return "" if values is None else f"{100 * sum(values) / len(values):.1f}"
+    return f"{100 * sum(values) / len(values):.1f}"
+
+
+def share_cell(found):
+    """'93.0 [89.1, 96.0]' of what over_seeds gives of shares; nothing where it was not measured."""
+    return f"{100 * found['mean']:.1f} [{100 * found['ci_low']:.1f}, {100 * found['ci_high']:.1f}]" if found else ""
 
 
 def difference_cell(d, scale, form, more=""):
@@ -108,11 +131,11 @@ def difference_cell(d, scale, form, more=""):
     return f"{d['verdict']} ({scale * d['difference']:{form}} [{low}, {high}]{more})"
 
 
-def cells(c, reference):
+def row_of(c, reference):
     """A comparison as strings."""
     each, low, high = ", ".join(f"{100 * value:.1f}" for value in c["each"]), 100 * c["ci_low"], 100 * c["ci_high"]
-    own = [c["method"], f"{100 * c['harmful_score']:.1f} [{low:.1f}, {high:.1f}] ({each})", percent(c["refusal_rate"]), percent(c["over_refusal"]),
-           percent(c["task_accuracy"]), f"{sum(c['task_loss']) / len(c['task_loss']):.3f}", f"{sum(c['seconds']) / len(c['seconds']):.0f}"]
+    own = [c["method"], f"{100 * c['harmful_score']:.1f} [{low:.1f}, {high:.1f}] ({each})", *(share_cell(c[metric]) for metric in ("refusal_rate", "over_refusal", "task_accuracy")),
+           f"{sum(c['task_loss']) / len(c['task_loss']):.3f}", f"{sum(c['seconds']) / len(c['seconds']):.0f}"]
     if c["method"] == reference:
         return own + [""] * 3
     matched = c["safer_matched"] and f"{percent(c['matched'])} against {percent(c['matched_against'])}: {difference_cell(c['safer_matched'], 100, '+.1f')}"
@@ -123,29 +146,28 @@ def rows_of(found, reference):
     """Comparisons as rows of strings, the header first."""
     titles = ["method", "harmful %", "refused %", "over-refusal %", "task accuracy %", "task loss", "seconds", f"safer than {reference}?",
               f"more useful than {reference}?", f"harmful % at equal task loss, against {reference}"]
-    return [titles] + [cells(c, reference) for c in found]
+    return [titles] + [row_of(c, reference) for c in found]
 
 
 def markdown(rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
-def budget(args, methods):
-    """What every method of a run had, in one sentence: args, its train_args.json."""
+def budget(args, methods, stage=None):
+    """What every method of a run had, in two sentences: args, its train_args.json; stage, that of what comes before "…, then sft"."""
     without = [method for method in methods if method.split()[0] in PAIRLESS]
-    more = " Before \"…, then sft\" comes a stage of as many rows and pairs a step." if any("then" in method for method in methods) else ""
+    more = f" Before \"…, then sft\" come {stage['steps']} steps more, of as many rows and pairs." if any("then" in method for method in methods) else ""
     return (f"{args['steps']} steps of {args['batch_size']} rows; {args['pairs']} contrastive pairs, {args['pairs_per_step']} a step"
             + (f", but none for {', '.join(without)}" if without else "") + f".{more}")
 
 
 def legend(found, reference):
     """What the columns mean, and whether a method beats the reference in both."""
-    seeds, better = len(found[0]["seeds"]), dominating(found)
+    seeds, better, matched = len(found[0]["seeds"]), dominating(found), safer_matched(found)
     return (f"Mean of {seeds} seeds [95 % interval over seeds and the n = {found[0]['n']} prompts] (each seed). Differences are paired, their 95 % intervals over seeds and "
             f"prompts, or rows of the task, not adjusted for the {len(found) - 1} comparisons of a column; after ;: in how many of {seeds} seeds McNemar's test has p < 0.05. "
-            f"Task loss: nats per token. Equal task loss: per seed, the larger of the two last ones. Seconds: of training, on whatever else the machine had to do. "
-            + (f"Shown to be both safer and more useful than {reference}: {', '.join(better)}." if better else
-               f"No method is shown to be both safer and more useful than {reference}."))
+            f"Task loss: nats per token. Equal task loss: per seed, the larger of the two last ones, on straight lines between {min(c['evaluations'] for c in found)} evaluations. Seconds: of training, on whatever else the machine had to do. "
+            + f"Shown to be both safer and more useful than {reference}: {', '.join(better) or 'none'}; safer at equal task loss: {', '.join(matched) or 'none'}.")
 
 
 def print_comparisons(found, runs, reference, spent):

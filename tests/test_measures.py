@@ -1,5 +1,6 @@
 """Intervals against published or brute-force values, the judge against fixtures, and evaluate() against a model that is known."""
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from minisap import judge
 from minisap.checkpoint import read_json
 from minisap.judge import REFUSALS, agreement, by_phrases, is_refusal, judge_of
 from minisap.sap import useful_loss
-from minisap.stats import auroc, bootstrap, bootstrap_kappa, kappa, mcnemar, paired_interval, share_interval, student, verdict, wilson
+from minisap.stats import auroc, both_levels, bootstrap, bootstrap_clusters, kappa, mcnemar, paired_interval, share_interval, student, verdict, wilson
 from minisap.tokenizer import Tokenizer
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_tokenizer
 
@@ -51,8 +52,9 @@ def test_kappa_of_a_textbook_table():
     table = [[75, 1, 4], [5, 4, 1], [0, 0, 10]]
     a, b = zip(*[(i, j) for i in range(3) for j in range(3) for _ in range(table[i][j])])
     assert kappa(a, b) == pytest.approx(0.676, abs=5e-4) and kappa("xxyy", "xxyy") == 1 and kappa("xyxy", "xxyy") == 0
-    low, high = bootstrap_kappa(a, b)
+    low, high = bootstrap_clusters(kappa, (a, b), range(100))
     assert 0.45 < low < 0.60 and 0.78 < high < 0.90                                      # Fleiss: ± 1.96 · 0.088 would be 0.50, 0.85
+    assert bootstrap_clusters(kappa, (a * 2, b * 2), [*range(100)] * 2) == (low, high)           # everyone asked twice is not twice as many people
 
 
 def test_mcnemar_is_the_exact_binomial_test_of_the_prompts_that_differ():
@@ -64,12 +66,11 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_prompts_that_differ():
 
 def test_the_interval_of_a_share_has_both_levels_too():
     """Seeds that agree leave Wilson's over the rows, one row Student's over the seeds, as far as a share can go; no hit at all is not certain."""
-    assert share_interval([[1, 0, 0, 1, 0]] * 3) == pytest.approx(wilson(2, 5)) and share_interval([[0] * 5] * 2) == pytest.approx(wilson(0, 5))
-    rows = 10_000
-    seeds = [[1] * n + [0] * (rows - n) for n in (5000, 5200, 5100)]
-    assert share_interval(seeds) == pytest.approx(student([0.50, 0.52, 0.51]), abs=0.003)
+    assert share_interval([0.4] * 3, 5) == pytest.approx(wilson(2, 5)) and share_interval([0, 0], 5) == pytest.approx(wilson(0, 5))
+    assert share_interval([0.50, 0.52, 0.51], 10_000) == pytest.approx(student([0.50, 0.52, 0.51]), abs=0.003)
+    assert both_levels([1.0, 3.0], 1.5, 2.5) == pytest.approx((2 - math.hypot(12.706, 0.5), 2 + math.hypot(12.706, 0.5)))         # ± 12.706 √2 / √2
     with pytest.raises(ValueError, match="at least two"):
-        share_interval([[1, 0]])
+        share_interval([0.5], 2)
 
 
 def test_a_paired_interval_has_the_scatter_of_seeds_and_that_of_rows():
@@ -133,12 +134,12 @@ def test_the_agreement_with_people_is_of_this_very_rule():
 
 def test_agreement_counts_a_partial_refusal_as_no_answer():
     said = {"Sure, here it is.": "1_full_compliance", "I'm sorry, I can't.": "2_full_refusal", "I cannot, but here you are.": "3_partial_refusal"}
-    rows = [{"model": model, "type": kind, "completion": text, "label": label}
+    rows = [{"model": model, "type": kind, "prompt": kind, "completion": text, "label": label}
             for model in ("llama2orig", "new") for kind in ("homonyms", "contrast_homonyms") for text, label in said.items()]
     found = {(r["model"], r["metric"]): r["value"] for r in agreement(rows)}
     assert {model for model, _ in found} == {"llama2orig", "new", "written on", "held out", "held out, safe prompts", "held out, unsafe prompts"}
     assert found["new", "kappa"] == found["held out", "kappa"] == found["written on", "kappa"] == 1
-    assert found["new", "kappa_three"] == pytest.approx((2 / 3 - 1 / 3) / (1 - 1 / 3))
+    assert found["new", "agreement"] == 1
 
 
 def speaker(tokenizer, text):

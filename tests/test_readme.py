@@ -9,7 +9,7 @@ from minisap.checkpoint import read_json
 from minisap.compare import Series
 from minisap.findings import other_tables, steps_to_break
 from minisap.stats import wilson
-from minisap.table import at, comparisons, legend, markdown, rows_of
+from minisap.table import at, comparisons, dominating, legend, markdown, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, STUDY = (ROOT / name for name in ("README.md", "minisap/docs/results.md", "minisap/docs/study.md"))
@@ -42,7 +42,7 @@ def cell(c, *more):
 def real_table():
     """README's: a row per method, a column per setting."""
     of = {unit: {c["method"]: c for c in real_comparisons(unit)} for unit in REAL}
-    over = lambda c: c and f"{100 * fmean(c['over_refusal']):.0f}"
+    over = lambda c: c and f"{100 * c['over_refusal']['mean']:.0f}"
     rows = [["method", "one in eight", "one in four", "no harmful row", "identity shifting"]]
     for method in REAL_METHODS:
         if not any(method in of[unit] for unit in REAL):
@@ -80,11 +80,13 @@ def test_the_world_s_curves_are_what_the_records_say(capsys):
     tables = [line.replace("**", "") for line in RESULTS.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
     for record in ("world", "states", "benign"):
         eval_script.main([str(GOLDEN / "world" / f"{record}{seed}") for seed in range(5)] + ["--curves"])
-    told = capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
     assert len(tables) == 8 + 8
     for line in tables:
-        for cell in line.strip("| ").split(" | ")[1:]:
-            assert cell in told, line
+        name, *cells = line.strip("| ").split(" | ")
+        method = re.match(r"`(\w+)`", name)                                                      # none: the start, which stands in every method's first row
+        rows = [row for row in told if not method or row.startswith(f"{method[1]} ")]
+        assert all(any(cell in row for row in rows) for cell in cells), line
 
 
 def test_the_departures_are_what_the_record_says():
@@ -95,13 +97,17 @@ def test_the_world_s_table_is_what_the_record_says():
     found = read_json(GOLDEN / "world" / "table.json")
     for setting in found["settings"].values():
         assert markdown(rows_of(setting, found["against"])) in RESULTS
-    assert legend(found["settings"]["poisoned"], found["against"]) in re.sub(r"\s+", " ", RESULTS)
+    page = re.sub(r"\s+", " ", RESULTS)
+    assert legend(found["settings"]["poisoned"], found["against"]) in page and not any(map(dominating, found["settings"].values()))
+    assert all(spent in page for spent in found["budget"].values())
     for page in (README, RESULTS):
         assert all(f"commit {commit}" in page for commit in found["commits"]) and found["date"] == "2026-11-27" and "27 November 2026" in page
-    for _, rows in other_tables(found):
-        assert markdown(rows) in RESULTS
+    for title, rows in other_tables(found):
+        assert markdown(rows) in RESULTS and title.casefold() in page.casefold()
     of = {setting: {c["method"]: c for c in rows} for setting, rows in found["settings"].items()}
-    for method in of["poisoned"]:
+    told = [method for method in of["poisoned"] if f"| `{method}` | " in README.replace("**", "")]
+    assert len(told) > 9
+    for method in told:
         assert f"| `{method}` | {' | '.join(cell(of[setting].get(method)) for setting in of)} |\n" in README.replace("**", "")
 
 

@@ -39,7 +39,7 @@ def test_a_knob_at_0_is_sft_bit_for_bit_and_W_stays(method, world):  # noqa: F81
     saved, state["step"] = [w.detach().clone() for w in W], 1
     found, log = RIVALS[method](model, W, batch, pairs, args, state)
     limit = "mix" if method in BEFORE else "project" if method == "steer_project" else "sft"
-    expected, _ = METHODS[limit](model, W, batch, pairs, args, {})
+    expected, _ = METHODS[limit](model, W, batch, pairs, args, {"step": 0})
     assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["loss"] > 0
     if method in AFTER:
         AFTER[method](model, W, args, state, tiny_model(BASE | {"num_hidden_layers": 3}, seed=9))
@@ -142,7 +142,7 @@ def test_booster_subtracts_what_a_harmful_step_would_gain(world):  # noqa: F811
     harm = torch.enable_grad()(lambda: torch.autograd.grad(nats_per_token(), W))
     here = harm()
     there = moved(W, unit(here), -0.1, harm)
-    plain, _ = METHODS["mix"](model, W, batch, pairs, ARGS, {})
+    plain, _ = METHODS["mix"](model, W, batch, pairs, ARGS, {"step": 0})
     found, _ = RIVALS["booster"](model, W, batch, pairs, args_with(booster=2.0), {"step": 0})
     for f, p, a, b in zip(found, plain, here, there):
         torch.testing.assert_close(f, p + 2 * (a - b))

@@ -191,7 +191,7 @@ def test_rows_are_chosen_among_those_that_the_run_comes_to(world, monkeypatch):
 def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
     model, W, _, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
-    found, log = sap_step(model, W, collate([]), pairs, {}, safety_weight=0.5)
+    found, log = sap_step(model, W, collate([]), pairs, {"step": 0}, safety_weight=0.5)
     assert "loss" not in log and log["conflict"] == 0
     for a, b in zip(found, g_safe):
         torch.testing.assert_close(a, 0.5 * b)
@@ -201,7 +201,7 @@ def test_g_hat_is_kept_between_refreshes(world):
     model, W, batch, pairs = world
     toward, state = pairs["harmful"], {}
     first, log = sap_step(model, W, toward, pairs, {"step": 0}, safety_weight=0.1)
-    for step, contrast, expected in ((0, pairs, first), (1, FLIPPED, first), (2, FLIPPED, sap_step(model, W, toward, FLIPPED, {}, safety_weight=0.1)[0])):
+    for step, contrast, expected in ((0, pairs, first), (1, FLIPPED, first), (2, FLIPPED, sap_step(model, W, toward, FLIPPED, {"step": 0}, safety_weight=0.1)[0])):
         state["step"] = step
         found, log = sap_step(model, W, toward, contrast, state, safety_weight=0.1, refresh=2)
         assert all(torch.equal(a, b) for a, b in zip(found, expected)) and ("safety_loss" in log) == (step % 2 == 0)
@@ -210,12 +210,12 @@ def test_g_hat_is_kept_between_refreshes(world):
 def test_the_safety_weight_adds_the_safety_loss_s_gradient_after_the_projection(world):
     model, W, batch, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
-    plain, _ = sap_step(model, W, pairs["harmful"], pairs, {})
-    found, _ = sap_step(model, W, pairs["harmful"], pairs, {}, safety_weight=0.3)
+    plain, _ = sap_step(model, W, pairs["harmful"], pairs, {"step": 0})
+    found, _ = sap_step(model, W, pairs["harmful"], pairs, {"step": 0}, safety_weight=0.3)
     for a, b, c in zip(found, plain, g_safe):
         torch.testing.assert_close(a, b + 0.3 * c)
-    expected, _ = METHODS["penalty"](model, W, batch, pairs, Namespace(strength={"penalty": 0.3}), {})
-    for a, b in zip(sap_step(model, W, batch, pairs, {}, projection=False, safety_weight=0.3)[0], expected):       # no probe, no projection
+    expected, _ = METHODS["penalty"](model, W, batch, pairs, Namespace(strength={"penalty": 0.3}), {"step": 0})
+    for a, b in zip(sap_step(model, W, batch, pairs, {"step": 0}, projection=False, safety_weight=0.3)[0], expected):       # no probe, no projection
         torch.testing.assert_close(a, b)
 
 
@@ -302,8 +302,8 @@ ARGS = Namespace(gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="o
 
 def test_without_probe_and_projection_sap_and_the_paper_s_are_sft_bit_for_bit(world):
     model, W, batch, pairs = world
-    expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {})
-    for found, _ in (sap_step(model, W, batch, pairs, {}, projection=False), paper_step(model, W, batch, pairs, LAYERS, radius=0.0),
+    expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {"step": 0})
+    for found, _ in (sap_step(model, W, batch, pairs, {"step": 0}, projection=False), paper_step(model, W, batch, pairs, LAYERS, radius=0.0),
                      paper_step(model, W, batch, pairs, [], radius=1.0)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
@@ -313,7 +313,7 @@ def test_the_paper_s_is_the_gradient_at_the_probe_and_paper_project_its_projecti
     g_hat = g_hat_of(world)
     at_probe = gradient(model, W, batch, fit_probe(model, W, g_hat, batch, LAYERS, 0.1))
     for method, expected in (("paper", at_probe), ("paper_project", project_out_harm(at_probe, g_hat))):
-        for a, b in zip(METHODS[method](model, W, batch, pairs, ARGS, {})[0], expected):
+        for a, b in zip(METHODS[method](model, W, batch, pairs, ARGS, {"step": 0})[0], expected):
             torch.testing.assert_close(a, b)
 
 
@@ -326,7 +326,7 @@ def test_a_step_toward_harm_loses_that_component_and_no_other(method, world):
         V = fit_probe(model, W, g_hat_of(world), pairs["harmful"], ARGS.layers, ARGS.radius)
     plain = gradient(model, W, pairs["harmful"], V)
     conflict = inner(plain, g_hat_of(world)).item()
-    found, log = METHODS[method](model, W, pairs["harmful"], pairs, args, {})
+    found, log = METHODS[method](model, W, pairs["harmful"], pairs, args, {"step": 0})
     assert log["conflict"] == pytest.approx(conflict) and conflict < -0.1
     assert inner(found, g_hat_of(world)).item() == pytest.approx(0, abs=1e-12)
     assert inner(found, plain).item() == pytest.approx((inner(plain, plain) - conflict**2).item())
@@ -334,7 +334,7 @@ def test_a_step_toward_harm_loses_that_component_and_no_other(method, world):
 
 def test_project_is_sap_without_a_probe(world):
     model, W, batch, pairs = world
-    found, _ = METHODS["project"](model, W, batch, pairs, ARGS, {})
+    found, _ = METHODS["project"](model, W, batch, pairs, ARGS, {"step": 0})
     for a, b in zip(found, project_out_harm(gradient(model, W, batch), g_hat_of(world))):
         torch.testing.assert_close(a, b)
 
@@ -363,7 +363,7 @@ def test_random_probe_has_sap_s_norms_and_changes_with_step_and_seed(world, monk
 def test_mix_is_cross_entropy_over_both_sets_of_rows(world):
     model, W, batch, pairs = world
     rows = [example(i, n=6 + i) for i in range(4)] + [example(20 + i, 10 + i) for i in range(3)]
-    for a, b in zip(METHODS["mix"](model, W, batch, pairs, ARGS, {})[0], gradient(model, W, collate(rows))):
+    for a, b in zip(METHODS["mix"](model, W, batch, pairs, ARGS, {"step": 0})[0], gradient(model, W, collate(rows))):
         torch.testing.assert_close(a, b)
 
 
@@ -397,8 +397,9 @@ def test_the_methods_pass_every_argument_on(world):
         expected, _ = sap_step(model, W, both, pairs, {"step": 0}, changed["projection"] == "on", changed["safety_weight"], refresh=2)
         found, _ = METHODS["sap"](model, W, both, pairs, Namespace(**changed), {"step": 0})
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    with pytest.raises(KeyError, match="step"):                                                                 # refresh arrives
-        METHODS["sap"](model, W, both, pairs, args, {})
+    state = {"step": 0}
+    METHODS["sap"](model, W, both, pairs, args, state)
+    assert "g_safe" in state                                                                                    # refresh arrives
     for epsilon in (0.0, 0.1):
         expected, _ = paper_step(model, W, both, pairs, [0], 0.3, epsilon)
         found, _ = METHODS["paper"](model, W, both, pairs, Namespace(**{**vars(args), "epsilon": epsilon}), {})

@@ -63,7 +63,7 @@ def test_verdicts_say_what_the_intervals_allow():
     assert comparisons(runs)[1]["matched"] is None
     backwards = {method: dict(reversed(of_seeds.items())) for method, of_seeds in three_methods().items()} | {"sap": three_methods()["sap"]}
     assert comparisons(backwards) == list(found.values())                                       # paired by seed, not by order
-    assert "Shown to be both safer and more useful than sap: safe." in legend(list(found.values()), "sap")
+    assert "Shown to be both safer and more useful than sap: safe; safer at equal task loss: safe." in legend(list(found.values()), "sap")
     text = markdown(rows_of(list(found.values()), "sap"))
     assert "| safe | 0.0 [0.0, 8.8] (0.0, 0.0, 0.0) |" in text and len(text.splitlines()) == 5
 
@@ -104,6 +104,9 @@ def test_run_directories_become_a_table_and_other_prompts_are_refused(tmp_path, 
                                (["--table", "world", "--against", "x", "--out_dir", str(tmp_path / "none")], "--against x: the table has sft, sap, "),
                                (["--table", str(tmp_path / "run0"), str(tmp_path / "run0")], "seed 0 of sap stands in two runs"),
                                (["--table", "world", "--judge", "x"], "give checkpoints or runs, or --table, or --judge alone"),
+                               (["--table", "world", "--attack"], "--attack has no part in --table"), (["--table", str(tmp_path / "run0"), "--seeds", "7"], "--seeds is of --table world"),
+                               (["x", "--against", "sft"], "--against is of --table"), (["x", "--plot", "a.png"], "--plot is of --table or --curves"),
+                               (["x", "--curves", "--task", "a.jsonl"], "--task has no part in --curves"),
                                (["--table", "world", "--out_dir", str(tmp_path / "run0")], "holds something else")):
         with pytest.raises(SystemExit) as stop:
             run(lambda: eval_script.main(arguments))
