@@ -134,9 +134,9 @@ def run_cell(folder, run, command):
     if (folder / run).is_file():
         return
     command = [*shlex.split(command), *["--resume"] * (folder / run / "train_args.json").exists()]
-    log = folder / "logs" / f"{run.replace('/', '-')}.log"
+    log, done = folder / "logs" / f"{run.replace('/', '-')}.log", finished(folder / run, command)
     with open(log, "a", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output), chdir(folder):
-        if not finished(folder / run, command):
+        if not done:
             print(f"commit {commit()}\ndate {datetime.date.today().isoformat()}", flush=True)
         status = run_script(command)
     if status:

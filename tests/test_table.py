@@ -124,7 +124,7 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     fewer = lambda command: command + (" --steps 2 --eval_every 1 --batch_size 4 --pairs_per_step 2" if command.startswith("train.py") else "")
     monkeypatch.setattr(laboratory, "cells", lambda *which: [{run: fewer(command) for run, command in phase.items()} for phase in every(*which)])
     (tmp_path / "table").mkdir()
-    monkeypatch.chdir(tmp_path / "table")
+    monkeypatch.chdir(tmp_path)
     ran = []
 
     def as_a_call(command):
@@ -136,7 +136,7 @@ def test_the_laboratory_runs_its_cells_and_keeps_what_is_finished(tmp_path, caps
     at_once = SimpleNamespace(shutdown=lambda **how: None, submit=lambda *call: SimpleNamespace(result=lambda: call[0](*call[1:])))
     monkeypatch.setattr(laboratory, "ProcessPoolExecutor", lambda *of: nullcontext(at_once))
     monkeypatch.setattr(laboratory, "as_completed", list)
-    command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "4", "--out_dir", str(tmp_path / "table")]
+    command = ["--table", "world", "--seeds", "0", "1", "--n_eval", "4", "--out_dir", "table"]                                # as seen from there
     plot = ["--plot", str(tmp_path / "a.png")] if find_spec("matplotlib") else []              # an optional extra
     eval_script.main([*command, *plot])
     printed, cells = capsys.readouterr().out, len(ran)
