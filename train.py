@@ -11,6 +11,7 @@ Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokeni
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minisap import parallel
 from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, read_json, save_adapter, save_model,
                                 weights_crc32, write_json)
 from minisap.align import ALIGN
@@ -29,7 +31,7 @@ from minisap.mechanism import Watch, print_watched
 from minisap.methods import FIRST, METHODS, PAIRLESS, check_read
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
-from minisap.rivals import AFTER, BEFORE, STRENGTH, parse_strength
+from minisap.rivals import AFTER, BEFORE, STRENGTH, UNSPLIT, parse_strength
 from minisap.sap import copies, put
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
                             of_world, parse_layers, run, use_device)
@@ -109,6 +111,9 @@ def check_args(args):
     args.strength = strength
     if "safelora" in args.method and not args.before:
         raise ValueError("safelora projects onto what safety training wrote: give --before, the checkpoint before it")
+    whole = sorted(set(args.method) & set(UNSPLIT))
+    if whole and not parallel.alone():
+        raise ValueError(f"{whole[0]} looks at more than the losses of rows, and is not split over processes: run it without torchrun")
     if args.lora_rank and not args.lora_alpha:
         raise ValueError("--lora_alpha 0: LoRA would have no effect")
     needy = [method for method in args.method if method not in PAIRLESS] + ["--poison"] * (args.poison > 0)
@@ -117,11 +122,10 @@ def check_args(args):
 
 
 def choose_safe_answers(args, model, tokenizer, pairs):
-    """The contrastive pairs as every method will use them, kept in OUT_DIR/pairs.json."""
+    """Leave the contrastive pairs as every method will use them in OUT_DIR/pairs.json."""
     file = args.out_dir / "pairs.json"
     if not file.exists():
         write_json(file, with_own_refusals(model, tokenizer, pairs) if args.safe_answers == "own" else pairs)
-    return read_json(file)
 
 
 def trainable(model, args):
@@ -162,19 +166,21 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
     model = load_model(start, DTYPES[args.dtype], args.device)
     W = trainable(model, args)
-    watch = watch_of(model, W) if args.watch else None
+    watch = watch_of(model, W) if args.watch and parallel.leads() else None
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
     if method in FIRST and not state["step"]:                           # W are the start's
         began = time.perf_counter()
-        state["counts"] = FIRST[method](model, W, task, pairs, args)
+        with parallel.together():
+            state["counts"] = FIRST[method](model, W, task, pairs, args)
         state["seconds"] = time.perf_counter() - began
         found = filtered(task, state["counts"])
-        write_json(out_dir / "filter.json", found)
+        if parallel.leads():
+            write_json(out_dir / "filter.json", found)
         print("{} leaves out {left_out:,} of the {rows:,} task rows that it comes to, {poisoned_left_out:,} of the {poisoned:,} poisoned".format(method, **found))
     counts = state.get("counts", [True] * len(task))
-    with open(out_dir / "log.jsonl", "a", encoding="utf-8") as log_file:
+    with open(out_dir / "log.jsonl" if parallel.leads() else os.devnull, "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
             began = time.perf_counter()
             places = batch_rows(range(len(task)), args.batch_size, step, args.seed)
@@ -182,7 +188,8 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
             batch, contrast = collate(rows, device=args.device), contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
             if method in ALIGN:
                 contrast["refused"] = collate([row["refused"] for row in rows], device=args.device)
-            grads, log = METHODS[method](model, W, batch, contrast, args, state)
+            with parallel.together():
+                grads, log = METHODS[method](model, W, batch, contrast, args, state)
             looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
             W_before = copies(W) if looks else None
             log |= {"left_out": args.batch_size - len(rows)} if method in FIRST else {}
@@ -195,13 +202,15 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 log |= watch(model, W, W_before, collate([task[i] for i in places], device=args.device), contrast)
                 reset_peak(args)                                        # what watching took for a moment is not the method's
             log_file.write(json.dumps(log) + "\n")
-            if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps and parallel.leads():
                 kept = end(args, method, model, W, state)
                 records += measure(model, method, step + 1)
                 put(W, kept)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log_file.flush()
                 save_state(out_dir, W, optimizer, state, records)
+    if not parallel.leads():
+        return []
     end(args, method, model, W, state)
     return finish(args, method, model, state, records, measure, start, out_dir)
 
@@ -242,6 +251,7 @@ def finish(args, method, model, state, records, measure, start, out_dir):
 def prepare(args):
     """(start, tokenizer, splits, safe prompts, task examples): every check that can be made before anything is written."""
     args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
+    args.device = parallel.join(args.device)
     use_device(args)
     check_args(args)
     start = find_model("--model", args.model)
@@ -278,7 +288,6 @@ def main(argv=None):
     args = parse_args(argv)
     start, tokenizer, splits, safe_prompts, task = prepare(args)
     model = load_model(start, DTYPES[args.dtype], args.device)
-    claim_out_dir(args)
 
     def measure(model, method, step):
         found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
@@ -289,11 +298,14 @@ def main(argv=None):
         return Watch(model, W, tokenizer, splits["eval_unsafe"], safe_prompts, args.max_len, before)
 
     start_file = args.out_dir / "start.json"
-    if not start_file.exists():
-        write_json(start_file, measure(model, "start", 0))
-    pairs = splits["pairs"]
-    if set(args.method) - set(PAIRLESS):
-        pairs = choose_safe_answers(args, model, tokenizer, pairs)
+    if parallel.leads():
+        claim_out_dir(args)
+        if not start_file.exists():
+            write_json(start_file, measure(model, "start", 0))
+        if set(args.method) - set(PAIRLESS):
+            choose_safe_answers(args, model, tokenizer, splits["pairs"])
+    parallel.wait()
+    pairs = read_json(args.out_dir / "pairs.json") if set(args.method) - set(PAIRLESS) else splits["pairs"]
     pairs = encode_pairs(tokenizer, pairs, args.max_len)
     del model
     records = read_json(start_file)
@@ -301,10 +313,12 @@ def main(argv=None):
         out_dir = args.out_dir / method
         done = out_dir / "eval.json"
         records += read_json(done) if done.exists() else train(args, method, start, task, pairs, measure, watch_of, out_dir)
+        parallel.wait()                                                 # what the lead has written is there for all
     print_records([r for r in records if r["step"] in (0, args.steps)])
     if args.watch:
         print_watched([args.out_dir])
     print(f"written: {', '.join(str(args.out_dir / method) for method in args.method)}")
+    parallel.leave()
 
 
 if __name__ == "__main__":

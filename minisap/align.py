@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minisap.sap import copies, response_nll, token_nll, weights_at
+from minisap.sap import copies, gradient, response_nll, token_nll, weights_at
 
 UNLEARN_GAMMA = 0.1                     # the paper's, at its larger learning rate
 DPO_BETA, DPO_GAMMA = 0.1, 0.01
@@ -42,13 +42,13 @@ def dispreferred(model, batch, contrast):
 def ssft(model, W, batch, contrast, args, state):
     """Supervised safety fine-tuning: E ℓ(y_p)."""
     loss = preferred(model, batch, contrast).mean()
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def unlearn(model, W, batch, contrast, args, state):
     """E ℓ(y_p) − γ ℓ(y_l)."""
     loss = preferred(model, batch, contrast).mean() - UNLEARN_GAMMA * dispreferred(model, batch, contrast).mean()
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def dpo(model, W, batch, contrast, args, state):
@@ -56,7 +56,7 @@ def dpo(model, W, batch, contrast, args, state):
     both = lambda: (preferred(model, batch, contrast), dispreferred(model, batch, contrast))
     (p_0, l_0), (p, l) = at_start(W, state, both), both()
     loss = -F.logsigmoid(DPO_BETA * (p_0 - p) - DPO_GAMMA * (l_0 - l)).mean()
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def pretrain(model, W, batch, contrast, args, state):
@@ -67,7 +67,7 @@ def pretrain(model, W, batch, contrast, args, state):
     answer = batch["labels"][rows, places] != -100
     weight = (1 + math.cos(math.pi * min(1, 2 * state["step"] / args.steps))) / 2
     loss = nll[answer].mean() + weight * nll[~answer].mean()
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 ALIGN = {"ssft": ssft, "dpo": dpo, "unlearn": unlearn}

@@ -12,7 +12,7 @@ from minisap.align import ALIGN, pretrain
 from minisap.data import batch_rows
 from minisap.model import widen
 from minisap.rivals import RIVALS, task_step
-from minisap.sap import fit_rows, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, safety_gradient, sap_step, useful_loss
+from minisap.sap import fit_rows, gradient, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, safety_gradient, sap_step, useful_loss
 
 ROWS_PER_ROW = 4                        # forward mode keeps nothing for a backward pass: so many times as many rows fit into memory
 
@@ -65,7 +65,7 @@ def random_probe(model, W, batch, contrast, args, state):
         noise = widen(torch.tensor(random.standard_normal(model.config.hidden_size)).to(hidden[j]))
         V[j] = args.radius * median_norm(hidden[j], batch) * noise / noise.norm()
     loss = useful_loss(model, batch, V)
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 RELEASED_EPSILON, RELEASED_LR = 2e-5, 0.05
@@ -81,7 +81,7 @@ def released(model, W, batch, contrast, args, state):
         V = {j: adam_step_from_zero(d_j, state, j) for j, d_j in d.items()}
     state["batch"] = batch
     loss = useful_loss(model, batch, V)
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):

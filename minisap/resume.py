@@ -3,6 +3,7 @@ from pathlib import Path
 
 import torch
 
+from minisap import parallel
 from minisap.checkpoint import read_object, write_json, write_whole
 from minisap.sap import put
 
@@ -30,6 +31,8 @@ def claim_out_dir(args):
 
 
 def save_state(out_dir, W, optimizer, state, records):
+    if not parallel.leads():
+        return
     whole = {"W": [w.detach() for w in W], "optimizer": optimizer.state_dict(), "state": state, "records": records}
     (out_dir / "state").mkdir(exist_ok=True)
     write_whole(out_dir / "state" / "state.pt", lambda part: torch.save(whole, part))
@@ -40,7 +43,8 @@ def load_state(out_dir, W, optimizer):
     file = out_dir / "state" / "state.pt"
     out_dir.mkdir(exist_ok=True)
     if not file.exists():
-        (out_dir / "log.jsonl").unlink(missing_ok=True)
+        if parallel.leads():
+            (out_dir / "log.jsonl").unlink(missing_ok=True)
         return {"step": 0, "seconds": 0.0}, []
     try:
         whole = torch.load(file, weights_only=True, map_location=W[0].device)
@@ -49,5 +53,6 @@ def load_state(out_dir, W, optimizer):
     put(W, whole["W"])
     optimizer.load_state_dict(whole["optimizer"])
     log = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)[:whole["state"]["step"]]
-    write_whole(out_dir / "log.jsonl", lambda part: part.write_text("".join(log)))
+    if parallel.leads():
+        write_whole(out_dir / "log.jsonl", lambda part: part.write_text("".join(log)))
     return whole["state"], whole["records"]

@@ -16,7 +16,7 @@ from minisap.align import answer_loss, at_start
 from minisap.lora import lora_layers
 from minisap.mechanism import WRITTEN, leading_directions
 from minisap.model import widen
-from minisap.sap import (copies, harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll,
+from minisap.sap import (copies, gradient, harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll,
                          unit, useful_loss, weights_at)
 
 # The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).
@@ -42,28 +42,28 @@ def parse_strength(pairs):
 def task_step(model, W, batch):
     """SFT's."""
     loss = useful_loss(model, batch)
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def gradient_at(W, shift, loss):
     """(∇_W loss(), loss()) at W + shift."""
     with weights_at(W, [w.detach() + s for w, s in zip(W, shift)]):
         value = loss()
-        return torch.autograd.grad(value, W), value.item()
+        return gradient(value, W), value.item()
 
 
 def mix(model, W, batch, contrast, args, state):
     """SafeInstr (arXiv 2309.07875): the same safe answers that SAP contrasts, as more rows of the task batch; the knob weighs them."""
     loss = alignment_loss(model, batch, contrast, args.strength["mix"])
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def sam(model, W, batch, contrast, args, state):
     """Sharpness-aware minimisation (arXiv 2010.01412): the gradient at W + ρ g / ‖g‖."""
-    g = torch.autograd.grad(useful_loss(model, batch), W)
+    g = gradient(useful_loss(model, batch), W)
     shift = [(args.strength["sam"] * u).to(w.dtype) for u, w in zip(unit(g), W)]
-    gradient, loss = gradient_at(W, shift, lambda: useful_loss(model, batch))
-    return gradient, {"loss": loss}
+    g_W, loss = gradient_at(W, shift, lambda: useful_loss(model, batch))
+    return g_W, {"loss": loss}
 
 
 def lisa(model, W, batch, contrast, args, state):
@@ -73,9 +73,9 @@ def lisa(model, W, batch, contrast, args, state):
     if safe_turn or state["step"] % LISA_PERIOD == 0:
         state["W_switch"] = copies(W)
     loss = useful_loss(model, contrast["safe"] if safe_turn else batch)
-    gradient = torch.autograd.grad(loss, W)
+    g_W = gradient(loss, W)
     pull = args.strength["lisa"]
-    return [g + pull * (w.detach() - old) for g, w, old in zip(gradient, W, state["W_switch"])], {"loss": loss.item()}
+    return [g + pull * (w.detach() - old) for g, w, old in zip(g_W, W, state["W_switch"])], {"loss": loss.item()}
 
 
 def kl(model, W, batch, contrast, args, state):
@@ -87,7 +87,7 @@ def kl(model, W, batch, contrast, args, state):
     before = at_start(W, state, log_probabilities)
     loss = useful_loss(model, batch)
     away = F.kl_div(log_probabilities(), before, log_target=True, reduction="batchmean")
-    return torch.autograd.grad(loss + args.strength["kl"] * away, W), {"loss": loss.item(), "kl": away.item()}
+    return gradient(loss + args.strength["kl"] * away, W), {"loss": loss.item(), "kl": away.item()}
 
 
 def constrained(model, W, batch, contrast, args, state):
@@ -100,13 +100,13 @@ def constrained(model, W, batch, contrast, args, state):
     beta = torch.tensor([*FIRST_TOKENS, LATER_TOKENS], dtype=nll.dtype, device=nll.device)[answer.clamp(max=len(FIRST_TOKENS) + 1) - 1]
     weight = 2 * torch.sigmoid(args.strength["constrained"] * beta * (nll.detach() - before))
     nats = torch.zeros(len(batch["labels"]), dtype=nll.dtype, device=nll.device).index_add(0, rows, weight * nll)     # by row, as SFT adds
-    return torch.autograd.grad(nats.sum() / len(nll), W), {"loss": nll.mean().item()}
+    return gradient(nats.sum() / len(nll), W), {"loss": nll.mean().item()}
 
 
 def penalty(model, W, batch, contrast, args, state):
     """Control: L_useful + λ L_safe. What does SAP do with its pairs that the safety loss as a penalty would not?"""
     loss = useful_loss(model, batch)
-    return torch.autograd.grad(loss + args.strength["penalty"] * safety_loss(model, contrast), W), {"loss": loss.item()}
+    return gradient(loss + args.strength["penalty"] * safety_loss(model, contrast), W), {"loss": loss.item()}
 
 
 def steer(model, W, batch, contrast, args, state):
@@ -117,15 +117,15 @@ def steer(model, W, batch, contrast, args, state):
             harmful, safe = (mean_states(model, contrast[key], args.layers) for key in ("harmful", "safe"))
         state["V"] = {j: args.strength["steer"] * harmful[j][1] * unit([harmful[j][0] - safe[j][0]])[0] for j in args.layers}
     loss = useful_loss(model, batch, state["V"] if args.strength["steer"] else None)
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def steer_project(model, W, batch, contrast, args, state):
     """Control: steer with its own knob, and SAP's projection after it. Is a fitted probe better than a constant one?"""
     alike = Namespace(layers=args.layers, strength={"steer": args.strength["steer_project"]})
-    gradient, log = steer(model, W, batch, contrast, alike, state)
+    g_W, log = steer(model, W, batch, contrast, alike, state)
     g_hat = harmful_direction(model, W, contrast)
-    return project_out_harm(gradient, g_hat), log | {"conflict": inner(gradient, g_hat).item()}
+    return project_out_harm(g_W, g_hat), log | {"conflict": inner(g_W, g_hat).item()}
 
 
 def mean_states(model, batch, layers):
@@ -148,11 +148,11 @@ def vaccine(model, W, batch, contrast, args, state):
     V = [{j: widen(torch.zeros(*one["input_ids"].shape, model.config.hidden_size, device=one["input_ids"].device)).requires_grad_()
           for j in layers} for one in (batch, contrast["safe"])]
     flat = [v for probe in V for v in probe.values()]
-    worst = unit(torch.autograd.grad(alignment_loss(model, batch, contrast, probe=V), flat))
+    worst = unit(gradient(alignment_loss(model, batch, contrast, probe=V), flat))
     for v, u in zip(flat, worst):
         put([v], [args.strength["vaccine"] * u])
     loss = alignment_loss(model, batch, contrast, probe=V)
-    return torch.autograd.grad(loss, W), {"loss": loss.item()}
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def booster(model, W, batch, contrast, args, state):
@@ -160,10 +160,10 @@ def booster(model, W, batch, contrast, args, state):
     h the loss of the harmful answers."""
     harm = lambda: answer_loss(model, contrast["harmful"]).mean()
     loss = alignment_loss(model, batch, contrast)
-    gradient, here = torch.autograd.grad(loss, W), torch.autograd.grad(harm(), W)
+    g_W, here = gradient(loss, W), gradient(harm(), W)
     there, _ = gradient_at(W, [(-BOOSTER_STEP * u).to(w.dtype) for u, w in zip(unit(here), W)], harm)
     log = {"loss": loss.item(), "harm_cosine": inner(unit(here), unit(there)).item()}
-    return [g + args.strength["booster"] * (a - b) for g, a, b in zip(gradient, here, there)], log
+    return [g + args.strength["booster"] * (a - b) for g, a, b in zip(g_W, here, there)], log
 
 
 def ema(model, W, batch, contrast, args, state):
@@ -213,6 +213,8 @@ def changes(model, W, W_start):
                 yield name, w - start, one, start, lambda left, w=w, start=start: w.copy_(start + left)
 
 
+# Each process would compute all of these: what they look at is not the loss of rows.
+UNSPLIT = ("kl", "steer", "steer_project", "vaccine")
 BEFORE = {"vaccine": vaccine, "booster": booster}
 AFTER = {"ema": end_ema, "safelora": end_safelora}
 RIVALS = {"mix": mix, "sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, "steer_project": steer_project, **BEFORE,

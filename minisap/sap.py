@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from minisap import parallel
 from minisap.data import collate, collate_pairs
 from minisap.model import widen
 
@@ -24,12 +25,15 @@ from minisap.model import widen
 def token_nll(model, batch, probe=None, hidden=None):
     """(nll, rows, places), all (N,): the negative log-likelihood in nats of every labelled token, and where it stands. A batch with "both" answers in
     a row (collate_pairs) says itself what a token sees, and from where it is predicted."""
-    x = model.model(batch["input_ids"], probe, batch.get("positions"), batch.get("mask"), hidden=hidden)          # (B, T, D)
-    targets = batch["labels"][:, 1:]                                                # position t predicts token t + 1
-    rows, columns = (targets != -100).nonzero(as_tuple=True)
-    before = batch["before"][rows, columns + 1] if "before" in batch else columns
+    labelled = batch["labels"][:, 1:] != -100                                       # position t predicts token t + 1
+    part = {key: x[parallel.mine(len(labelled))] for key, x in batch.items()}
+    x = model.model(part["input_ids"], probe, part.get("positions"), part.get("mask"), hidden=hidden)          # (B, T, D)
+    rows, columns = (part["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+    before = part["before"][rows, columns + 1] if "before" in part else columns
     logits = model.lm_head(x[rows, before])                                         # (N, V): only where a label is
-    return F.cross_entropy(widen(logits), targets[rows, columns], reduction="none"), rows, columns + 1
+    nll = F.cross_entropy(widen(logits), part["labels"][rows, columns + 1], reduction="none")
+    rows, columns = labelled.nonzero(as_tuple=True)
+    return parallel.gathered(nll, labelled), rows, columns + 1
 
 
 def response_nll(model, batch, probe=None, hidden=None):
@@ -60,6 +64,11 @@ def safety_loss(model, contrast):
     return (safe - harmful).mean()
 
 
+def gradient(loss, W):
+    """∇_W loss, of the rows of all processes."""
+    return parallel.summed(torch.autograd.grad(loss, W))
+
+
 def inner(a, b):
     """⟨a, b⟩ over lists of tensors, in float32 or wider."""
     return sum((widen(x) * widen(y)).sum() for x, y in zip(a, b))
@@ -73,7 +82,7 @@ def unit(tensors):
 
 def harmful_direction(model, W, contrast):
     """ĝ = ∇_W L_safe / ‖∇_W L_safe‖."""
-    return unit(torch.autograd.grad(safety_loss(model, contrast), W))
+    return unit(gradient(safety_loss(model, contrast), W))
 
 
 @torch.no_grad()
@@ -113,19 +122,19 @@ def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
         both = torch.autograd.grad(useful_loss(model, batch, V, hidden), [*W, *V.values()], create_graph=True)
         g_W, g_V = both[:len(W)], both[len(W):]
         d = torch.autograd.grad(inner(g_W, g_hat), list(V.values()))
-    return dict(zip(V, d)), {j: g.detach() for j, g in zip(V, g_V)}
+    return dict(zip(V, parallel.summed(d))), dict(zip(V, parallel.summed(g.detach() for g in g_V)))
 
 
 def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
     """The same, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ."""
     V = zero_probe(model, layers)
-    gradient = lambda hidden=None: torch.autograd.grad(useful_loss(model, batch, V, hidden), list(V.values()))
-    here = gradient(hidden)
+    gradient_V = lambda hidden=None: gradient(useful_loss(model, batch, V, hidden), list(V.values()))
+    here = gradient_V(hidden)
     with torch.no_grad():
         scale = epsilon * inner(W, W).sqrt()
         moved = [(w + scale * g).to(w.dtype) for w, g in zip(W, g_hat)]
     with weights_at(W, moved):
-        there = gradient()
+        there = gradient_V()
     return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
@@ -183,7 +192,7 @@ def safety_gradient(model, W, pairs, batch_size):
     total = [torch.zeros_like(w) for w in W]
     for start in range(0, len(pairs), batch_size):
         chosen = pairs[start:start + batch_size]
-        g_safe = torch.autograd.grad(safety_loss(model, collate_pairs(chosen, W[0].device)), W)
+        g_safe = gradient(safety_loss(model, collate_pairs(chosen, W[0].device)), W)
         total = [t + len(chosen) / len(pairs) * g for t, g in zip(total, g_safe)]
     return total
 
@@ -198,8 +207,9 @@ def fit_rows(model, W, g_safe, examples, gate, batch_size):
 
 def median_norm(x, batch):
     """Median norm of hidden states x (B, T, D) over the tokens that carry a label (so no padding, and no outlier at the start)."""
-    chosen = x.detach()[batch["labels"] != -100]
-    return widen(chosen).norm(dim=-1).median()
+    labelled = batch["labels"] != -100
+    norms = widen(x.detach()[labelled[parallel.mine(len(labelled))]]).norm(dim=-1)
+    return parallel.gathered(norms, labelled).median()
 
 
 def project_out_harm(grads, g_hat):
@@ -214,7 +224,7 @@ def paper_step(model, W, batch, contrast, layers, radius, epsilon=0.0, projectio
     log, g_hat = {}, harmful_direction(model, W, contrast)                                # line 2
     V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)                # lines 3, 4, 5
     loss = useful_loss(model, batch, V_safe)
-    g_W = torch.autograd.grad(loss, W)                                                      # line 6
+    g_W = gradient(loss, W)                                                                 # line 6
     log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
     return project_out_harm(g_W, g_hat) if projection else g_W, log
 
@@ -227,12 +237,12 @@ def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.
     log, g_safe = {}, state.get("g_safe")
     if state["step"] % refresh == 0:
         L_safe = safety_loss(model, contrast)
-        g_safe, log["safety_loss"] = torch.autograd.grad(L_safe, W), L_safe.item()
+        g_safe, log["safety_loss"] = gradient(L_safe, W), L_safe.item()
         state |= {"g_safe": g_safe} if refresh > 1 else {}
     g_hat, g_W = unit(g_safe), [torch.zeros_like(w) for w in W]                             # line 2
     if len(batch["labels"]):
         loss = useful_loss(model, batch)
-        g_W, log["loss"] = torch.autograd.grad(loss, W), loss.item()                        # line 6
+        g_W, log["loss"] = gradient(loss, W), loss.item()                                   # line 6
     log["conflict"] = inner(g_W, g_hat).item()
     g_W = project_out_harm(g_W, g_hat) if projection else g_W
     return [g + safety_weight * s for g, s in zip(g_W, g_safe)] if safety_weight else g_W, log
