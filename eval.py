@@ -25,7 +25,7 @@ from minisap.table_figures import draw_laboratory, draw_plane
 
 RUN_ARGS = ("task", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format", "dtype", "new_format")
 # In which runs of one method may differ.
-ANY_RUN = ("seed", "out_dir", "device", "threads", "eval_every", "save_every", "watch", "watch_every", "before")
+ANY_RUN = ("seed", "out_dir", "device", "threads", "checkpointing", "eval_every", "save_every", "watch", "watch_every", "before")
 ANY_METHOD = (*READ_BY, "strength")
 # What everything but measuring checkpoints makes use of.
 PARTS = {"judge": {"judge", "out"}, "curves": {"curves", "paths", "plot", "out"},

@@ -67,6 +67,8 @@ def parse_args(argv=None):
     add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
     # machine
     add_machine_flags(add)
+    add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, and compute the rest anew there: the same numbers, "
+                                                     "with less memory, in more time")
     # SAP
     add("--gate", type=float, default=0.5, help="sap leaves out of a batch the rows whose loss falls along ĝ faster than this share of how fast "
                                                 "the safety loss rises; 0: none (default: 0.5)")
@@ -165,7 +167,7 @@ def reset_peak(args):
 def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
     model = load_model(start, DTYPES[args.dtype], args.device)
-    W = trainable(model, args)
+    W, model.model.checkpointing = trainable(model, args), args.checkpointing
     watch = watch_of(model, W) if args.watch and parallel.leads() else None
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)

@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from minisap.config import LlamaConfig
 
@@ -125,6 +126,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpointing = False          # True: of each layer its input alone is kept for the backward pass, which computes the rest anew
 
     def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, hidden=None, mlp_streams=None):
         """probe {layer: v}: v is added to that layer's output (-1: to the embeddings) and broadcasts to (B, T, D).
@@ -138,8 +140,9 @@ class Decoder(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=x.device)[None]
         angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)      # (B, 1, T, Dh/2)
         rope = tuple(f(angle).repeat(1, 1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
+        keeps = not self.checkpointing or caches or mlp_streams is not None or not torch.is_grad_enabled()
         for j, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, caches[j] if caches else None, mlp_streams)
+            x = layer(x, rope, mask, caches[j] if caches else None, mlp_streams) if keeps else checkpoint(layer, x, rope, mask, None, use_reentrant=False)
             if probe and j in probe:
                 x = x + probe[j].to(x.dtype)
             if hidden is not None:

@@ -25,7 +25,7 @@ def claim_out_dir(args):
         args.out_dir.mkdir(parents=True, exist_ok=True)
         return write_json(file, wanted)
     old = read_object(file)
-    for key in sorted((old.keys() | wanted.keys()) - {"out_dir", "device", "threads"}):
+    for key in sorted((old.keys() | wanted.keys()) - {"out_dir", "device", "threads", "checkpointing"}):
         if wanted.get(key) != old.get(key):
             raise ValueError(f"--resume: {file} has {key} = {old.get(key)!r}, this command {key} = {wanted.get(key)!r}")
 

@@ -406,6 +406,26 @@ def test_the_methods_pass_every_argument_on(world):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
+def test_checkpointing_changes_no_bit(world):
+    """Of the gradients, the double derivative and the slopes; and what is kept is less."""
+    model, W, batch, pairs = world
+
+    def everything():
+        g_hat = g_hat_of(world)
+        d, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
+        return [*gradient(model, W, batch), *g_hat, *d.values(), *g_V.values(), sap.row_slopes(model, W, g_hat, batch)]
+
+    def kept():
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            useful_loss(model, batch)
+        return sum(sizes)
+
+    sizes, plain = [], everything()
+    before, sizes = kept(), []
+    model.model.checkpointing = True
+    assert all(torch.equal(a, b) for a, b in zip(everything(), plain)) and kept() < before / 2
+
+
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
