@@ -8,6 +8,8 @@ from minisap.checkpoint import read_object, read_text
 
 VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+# The first of the private characters that stand for special tokens in messages, which are words there.
+MARK = "\U000f0000"
 # The system message that a chatml template spells out, for conversations that have none.
 CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^{}'\"<]+)<\|im_end\|>")
 
@@ -131,6 +133,7 @@ class Tokenizer:
         if not isinstance(self.chat_format, str) or self.chat_format not in FORMATS:
             raise ValueError(f"{config}: chat_format = {self.chat_format!r} is unknown; known: {', '.join(FORMATS)}")
         self.render_turns, self.end_of_turn = FORMATS[self.chat_format]
+        self.marks = self.as_words()
         self.vocab_size = max(self.tokens.get_vocab().values(), default=-1) + 1
         if self.tokens.token_to_id(self.end_of_turn) is None:
             raise ValueError(f"{path}: chat_format {self.chat_format} ends a turn with {self.end_of_turn}, which is no token here")
@@ -143,20 +146,37 @@ class Tokenizer:
         self.default_system = found and found[1]
 
     def encode(self, text) -> list[int]:
-        """Ids of a text in which special tokens are written out. A BOS is added where the tokenizer's own rules add one
-        and the text does not already begin with it."""
+        """Ids of a text in which special tokens are written out, but for those that render has marked as words of a message. A BOS is added where the
+        tokenizer's own rules add one and the text does not already begin with it."""
         try:
-            ids = self.tokens.encode(text, add_special_tokens=False).ids
+            ids = [i for part in re.split(f"([{MARK}-\U000ffffd])", text)
+                   for i in (self.marks[part][1] if part in self.marks else self.tokens.encode(part, add_special_tokens=False).ids)]
         except Exception as error:                                  # a word that a word-level vocabulary lacks
             raise ValueError(f"{text[:40]!r} …: {error}") from None
         return ids if ids[:1] == self.bos else self.bos + ids
+
+    def as_words(self):
+        """{mark: (special token, its ids as the mere text that it is in a message)}."""
+        specials = [token.content for token in self.tokens.get_added_tokens_decoder().values() if token.special]
+        self.tokens.encode_special_tokens = True
+        found = {chr(ord(MARK) + i): (special, self.tokens.encode(special, add_special_tokens=False).ids) for i, special in enumerate(specials)}
+        self.tokens.encode_special_tokens = False
+        return found
+
+    def mark(self, content):
+        """A message in which every special token is marked, so that it ends no turn and begins none. ValueError where the vocabulary has it as a word."""
+        for mark, (special, ids) in self.marks.items():
+            if special in content and self.tokens.token_to_id(special) in ids:
+                raise ValueError(f"a message holds {special}, which this tokenizer can't tell from the end or the beginning of a turn")
+            content = content.replace(special, mark)
+        return content
 
     def decode(self, ids) -> str:
         return self.tokens.decode(ids, skip_special_tokens=True)
 
     def render(self, messages, add_generation_prompt=True) -> str:
         """The conversation [{"role", "content"}, …] as one string: an optional system message, then user and assistant by turns."""
-        turns = [(message["role"], message["content"]) for message in messages]
+        turns = [(message["role"], self.mark(message["content"])) for message in messages]
         system = turns.pop(0)[1] if turns and turns[0][0] == "system" else self.default_system
         expected = ["user", "assistant"] * len(turns)
         if not turns or [role for role, _ in turns] != expected[:len(turns)]:
