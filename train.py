@@ -33,7 +33,7 @@ from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, UNSPLIT, parse_strength
 from minisap.sap import copies, put
-from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
+from minisap.script import (NotFinite, Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
                             of_world, parse_layers, run, use_device)
 
 
@@ -147,16 +147,21 @@ def learning_rate_at(step, args):
 
 def update(optimizer, W, grads, clip, learning_rate):
     """Clip the gradient to a norm of at most `clip` (0: no limit) and let the optimizer follow it. Returns the norm before.
-    ValueError, and no step, where the gradient is not finite."""
+    NotFinite, and no step, where that is."""
     optimizer.param_groups[0]["lr"] = learning_rate
     for w, g in zip(W, grads):
         w.grad = g
     norm = torch.nn.utils.clip_grad_norm_(W, clip or math.inf).item()
-    if not math.isfinite(norm):
-        raise ValueError(f"the gradient's norm is {norm}; a smaller --learning_rate or --radius, or a wider --dtype, may help")
+    check_finite({"the gradient's norm": norm})
     optimizer.step()
     optimizer.zero_grad()                                               # the next gradient needs the room
     return norm
+
+
+def check_finite(quantities):
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            raise NotFinite(f"{name} is {value}")
 
 
 def reset_peak(args):
@@ -195,7 +200,12 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
             looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
             W_before = copies(W) if looks else None
             log |= {"left_out": args.batch_size - len(rows)} if method in FIRST else {}
-            log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
+            try:
+                check_finite(log)
+                log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
+            except NotFinite as error:
+                raise NotFinite(f"{method}, step {step}: {error}; its rows: {', '.join(row['source'] for row in rows)}. What was saved before stays; "
+                                "a smaller --learning_rate, --radius or --safety_weight, or a wider --dtype, may help") from None
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
             if args.device.startswith("cuda"):
@@ -272,7 +282,7 @@ def prepare(args):
         raise ValueError("--watch mechanism: clusters need 2 unsafe and 2 safe prompts; raise --n_eval")
     args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
-    task = [example | {"poisoned": "poisoned" in row} for row, example in zip(rows, encode_rows(tokenizer, rows, args.max_len))]
+    task = [example | {"poisoned": "poisoned" in row, "source": row["source"]} for row, example in zip(rows, encode_rows(tokenizer, rows, args.max_len))]
     if set(args.method) & set(ALIGN):                                   # the same prompts, refused
         refusals = itertools.cycle(rows_of.REFUSALS)
         refused = encode_rows(tokenizer, [row | {"response": text} for row, text in zip(rows, refusals)], args.max_len)

@@ -71,10 +71,17 @@ def add_machine_flags(add):
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
 
 
+class NotFinite(ArithmeticError):
+    """A number of a run is NaN or infinite, and the run must not go on: one line on stderr, exit status 3."""
+
+
 def run(main, interrupted="interrupted"):
     """Call main(). What is wrong with its input becomes one line on stderr and exit status 2; Ctrl-C says `interrupted`."""
     try:
         main()
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
     except (ValueError, OSError, SafetensorError) as error:             # the last: a disk that is full
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -260,10 +260,20 @@ def test_what_is_trained_keeps_the_template(start, tmp_path):
     assert "You are a helpful assistant." in Tokenizer(start).render(messages)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(start, tmp_path, monkeypatch):
-    monkeypatch.setitem(train_script.METHODS, "sft", lambda model, W, *_: ([w * float("nan") for w in W], {"loss": 0.0}))
-    with pytest.raises(ValueError, match="the gradient's norm is nan"):
-        train(start, tmp_path / "run", "--method", "sft")
+@pytest.mark.parametrize("gradient, loss, told", [(float("nan"), 0.0, "the gradient's norm is nan"), (1.0, float("inf"), "loss is inf")])
+def test_a_number_that_is_not_finite_stops_the_run_and_what_was_saved_stays(gradient, loss, told, start, tmp_path, monkeypatch, capsys):
+    whole = train(start, tmp_path / "whole", "--method", "sft")
+    sft = train_script.METHODS["sft"]
+    spoilt = lambda model, W, *_: ([w * gradient for w in W], {"loss": loss})
+    monkeypatch.setitem(train_script.METHODS, "sft", lambda model, W, batch, contrast, args, state: (spoilt if state["step"] == 3 else sft)(model, W, batch, contrast, args, state))
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: train(start, tmp_path / "run", "--method", "sft"))
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 3 and f"error: sft, step 3: {told}; its rows: demo:" in line
+    monkeypatch.setitem(train_script.METHODS, "sft", sft)
+    resumed = train(start, tmp_path / "run", "--method", "sft", "--resume")
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (whole / "sft" / name).read_bytes() == (resumed / "sft" / name).read_bytes()
 
 
 def test_curves_average_over_seeds(start, tmp_path, capsys):
