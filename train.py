@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -296,11 +297,8 @@ def prepare(args):
     return start, tokenizer, splits, safe_prompts, task
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    start, tokenizer, splits, safe_prompts, task = prepare(args)
-    model = load_model(start, DTYPES[args.dtype], args.device)
-
+def fine_tune(args, start, tokenizer, splits, safe_prompts, task):
+    """Measure the start, then run every method that is not finished. Returns all records."""
     def measure(model, method, step):
         found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
         return [{"model": str(start), "method": method, "seed": args.seed, "step": step} | r for r in found]
@@ -309,23 +307,28 @@ def main(argv=None):
         before = args.before and load_model(args.before, torch.float32, args.device)
         return Watch(model, W, tokenizer, splits["eval_unsafe"], safe_prompts, args.max_len, before)
 
-    start_file = args.out_dir / "start.json"
-    if parallel.leads():
-        claim_out_dir(args)
-        if not start_file.exists():
+    model, paired = load_model(start, DTYPES[args.dtype], args.device), bool(set(args.method) - set(PAIRLESS))
+    with claim_out_dir(args) if parallel.leads() else nullcontext():
+        start_file = args.out_dir / "start.json"
+        if parallel.leads() and not start_file.exists():
             write_json(start_file, measure(model, "start", 0))
-        if set(args.method) - set(PAIRLESS):
+        if parallel.leads() and paired:
             choose_safe_answers(args, model, tokenizer, splits["pairs"])
-    parallel.wait()
-    pairs = read_json(args.out_dir / "pairs.json") if set(args.method) - set(PAIRLESS) else splits["pairs"]
-    pairs = encode_pairs(tokenizer, pairs, args.max_len)
-    del model
-    records = read_json(start_file)
-    for method in args.method:
-        out_dir = args.out_dir / method
-        done = out_dir / "eval.json"
-        records += read_json(done) if done.exists() else train(args, method, start, task, pairs, measure, watch_of, out_dir)
-        parallel.wait()                                                 # what the lead has written is there for all
+        parallel.wait()
+        del model
+        pairs = encode_pairs(tokenizer, read_json(args.out_dir / "pairs.json") if paired else splits["pairs"], args.max_len)
+        records = read_json(start_file)
+        for method in args.method:
+            out_dir = args.out_dir / method
+            done = out_dir / "eval.json"
+            records += read_json(done) if done.exists() else train(args, method, start, task, pairs, measure, watch_of, out_dir)
+            parallel.wait()                                             # what the lead has written is there for all
+    return records
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    records = fine_tune(args, *prepare(args))
     print_records([r for r in records if r["step"] in (0, args.steps)])
     if args.watch:
         print_watched([args.out_dir])

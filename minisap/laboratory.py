@@ -165,14 +165,14 @@ def run_script(command):
 
 def run_cells(folder, seeds, n_eval):
     """Run what is not finished, as many cells at a time as there are cores."""
-    claim_folder(folder, {"study": "table", "n_eval": n_eval})                       # and each run its arguments
-    for name in ("logs", "attacked"):
-        (folder / name).mkdir(exist_ok=True)
-    write_rows(folder / "rows", n_eval)
     of_seeds = [cells(seed, n_eval, seed in seeds[:FEW]) for seed in seeds]
     every = [{run: arguments for phases in of_seeds for run, arguments in phases[phase].items()} for phase in range(3)]
     processes = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
-    with tqdm(total=sum(map(len, every)), desc="cells") as bar, processes as workers:
+    with (claim_folder(folder, {"study": "table", "n_eval": n_eval}),                # and each run its arguments
+          tqdm(total=sum(map(len, every)), desc="cells") as bar, processes as workers):
+        for name in ("logs", "attacked"):
+            (folder / name).mkdir(exist_ok=True)
+        write_rows(folder / "rows", n_eval)
         try:
             for phase in every:
                 for done in as_completed([workers.submit(run_cell, folder, *cell) for cell in phase.items()]):

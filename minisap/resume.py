@@ -1,4 +1,6 @@
 """The directory of a run: claimed once, its state saved as training goes, and taken up again by --resume."""
+import fcntl
+import os
 from pathlib import Path
 
 import torch
@@ -7,27 +9,46 @@ from minisap import parallel
 from minisap.checkpoint import read_object, write_json, write_whole
 from minisap.sap import put
 
+LOCK = ".lock"
+
 
 def occupied(folder):
-    """Whether a folder holds more than the *.part files that an interruption leaves."""
-    return folder.exists() and any(file.suffix != ".part" for file in folder.iterdir())
+    """Whether a folder holds more than a lock and the *.part files that an interruption leaves."""
+    return folder.exists() and any(file.suffix != ".part" and file.name != LOCK for file in folder.iterdir())
+
+
+def lock_folder(folder):
+    """Make the folder and lock it: until the file that is returned is closed, or its process ends, however. ValueError where another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{folder}: a run is at work there, by process {file.read() or 'unknown'}; wait for it, or choose another directory") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def claim_out_dir(args):
     """Make OUT_DIR, or with --resume check that it holds a run of the same arguments and rows. No run is ever overwritten.
-    Methods are not among the arguments: each has its directory, and more can join a run later."""
+    Methods are not among the arguments: each has its directory, and more can join a run later. Returns its lock."""
     file = args.out_dir / "train_args.json"
     wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("resume", "method")}
     if not args.resume:
         if occupied(args.out_dir):
             raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        return write_json(file, wanted)
+        lock = lock_folder(args.out_dir)
+        write_json(file, wanted)
+        return lock
     old = read_object(file)
     for key in sorted((old.keys() | wanted.keys()) - {"out_dir", "device", "threads", "checkpointing"}):
         if wanted.get(key) != old.get(key):
             raise ValueError(f"--resume: {file} has {key} = {old.get(key)!r}, this command {key} = {wanted.get(key)!r}")
+    return lock_folder(args.out_dir)
 
 
 def save_state(out_dir, W, optimizer, state, records):

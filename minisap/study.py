@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minisap.checkpoint import load_model, read_json, read_object, write_json, write_whole
 from minisap.compare import answers_between, check_sets, measure
 from minisap.mechanism import last_watched
-from minisap.resume import occupied
+from minisap.resume import lock_folder, occupied
 from minisap.tokenizer import Tokenizer
 from minisap.world import REFUSAL, World, write_random_checkpoint
 
@@ -96,18 +96,20 @@ def measure_models(folder, sets, max_len=256):
 
 
 def claim_folder(folder, settings):
-    """Make the study's directory, or check that it holds this study, of whatever seeds."""
+    """Make the study's directory, or check that it holds this study, of whatever seeds. Returns its lock."""
     file = folder / "study_args.json"
     if not file.exists():
         if occupied(folder):
             raise ValueError(f"--out_dir {folder}: holds something else; choose another")
-        folder.mkdir(parents=True, exist_ok=True)
-        return write_json(file, settings)
+        lock = lock_folder(folder)
+        write_json(file, settings)
+        return lock
     old = read_object(file)
     for key in sorted(old.keys() | settings.keys()):
         if old.get(key) != settings.get(key):
             raise ValueError(f"--out_dir {folder}: holds another study, with {key} = {old.get(key)!r:.80}; this one has "
                              f"{settings.get(key)!r:.80}")
+    return lock_folder(folder)
 
 
 def run_study(folder, seeds, n):
@@ -116,15 +118,15 @@ def run_study(folder, seeds, n):
     sets = {seed: World(seed).sets(n) for seed in seeds}                        # too few, or a world that cannot be, are found now
     for seed in seeds:
         check_sets(sets[seed])
-    claim_folder(folder, {"study": "world", "n_eval": n, "instructions": INSTRUCTIONS, "recipes": json.loads(json.dumps(RECIPES))})
     records = []
-    for seed in sets:
-        home = folder / f"seed{seed}"
-        file = home / "records.json"
-        if not file.exists():
-            begin(home, seed)
-            for run in RECIPES:
-                train(home, run, seed)
-            write_json(file, [{"protocol": r["protocol"], "seed": seed} | r for r in measure_models(home, sets[seed])])
-        records += read_json(file)
+    with claim_folder(folder, {"study": "world", "n_eval": n, "instructions": INSTRUCTIONS, "recipes": json.loads(json.dumps(RECIPES))}):
+        for seed in sets:
+            home = folder / f"seed{seed}"
+            file = home / "records.json"
+            if not file.exists():
+                begin(home, seed)
+                for run in RECIPES:
+                    train(home, run, seed)
+                write_json(file, [{"protocol": r["protocol"], "seed": seed} | r for r in measure_models(home, sets[seed])])
+            records += read_json(file)
     return records

@@ -434,6 +434,21 @@ def test_a_directory_that_holds_a_run_is_left_alone(start, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+HOLD = "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from minisap.resume import lock_folder; " \
+       "held = lock_folder(Path(sys.argv[2])); print('held', flush=True); time.sleep(60)"
+
+
+def test_two_runs_cannot_share_a_directory_and_a_dead_one_holds_none(start, tmp_path):
+    out = train(start, tmp_path / "run", "--method", "sft")
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(ROOT), str(out)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"run: a run is at work there, by process {other.pid}"):
+        train(start, out, "--method", "sap", "--resume")
+    other.kill()
+    other.wait()
+    assert (train(start, out, "--method", "sap", "--resume") / "sap" / "eval.json").exists()
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     start = write_tokenizer(write_checkpoint(tmp_path / "start", BASE))
     with pytest.raises(ValueError, match=f"the tokenizer has {VOCAB_SIZE} tokens, the embedding 96"):
