@@ -75,6 +75,14 @@ def test_the_real_model_s_tables_are_what_the_records_say():
     assert real_table() in README.replace("**`sap`**", "`sap`") and budget_table() in RESULTS
 
 
+def test_what_the_filter_found_on_the_real_model_is_what_the_records_say():
+    cells = []
+    for unit in ("p0.125", "p0.25"):
+        total = {key: sum(read_json(path)[key] for path in GOLDEN.glob(f"smollm2/{unit}-seed?/sap/filter.json")) for key in ("rows", "left_out", "poisoned", "poisoned_left_out")}
+        cells.append(f"{total['poisoned_left_out']} of {total['poisoned']} harmful rows and {total['left_out'] - total['poisoned_left_out']} of {total['rows'] - total['poisoned']} others")
+    assert f"it leaves out {cells[0]} at one in eight, {cells[1]} at one in four" in re.sub(r"\s+", " ", README)
+
+
 def test_the_world_s_curves_are_what_the_records_say(capsys):
     """Every number of the tables on a task that the start knows."""
     tables = [line.replace("**", "") for line in RESULTS.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
