@@ -230,9 +230,11 @@ def main(argv=None):
     if sum(map(bool, (args.paths, args.judge, args.table))) != 1:
         raise ValueError("give checkpoints or runs, or --table, or --judge alone; see --help")
     check_given(args, PARTS)
-    unused = set() if args.curves else args.given & (OF_WORLD if args.table else OF_TABLE) if args.table != ["world"] else set()
+    if args.table and args.table != ["world"] and args.given & OF_WORLD:
+        raise ValueError(f"--{min(args.given & OF_WORLD)} is of --table world; give that")
+    unused = set() if args.table or args.curves else args.given & OF_TABLE
     if unused:
-        raise ValueError(f"--{min(unused)} is of --table{' world' if args.table else ''}{' or --curves' if unused == {'plot'} else ''}; give that")
+        raise ValueError(f"--{min(unused)} is of --table{' or --curves' if unused == {'plot'} else ''}; give that")
     check_outputs(args)
     if args.judge:
         records = measure_judge(args.judge)

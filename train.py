@@ -29,7 +29,7 @@ from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_
 from minisap.evaluate import evaluate, print_records, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
-from minisap.methods import FIRST, METHODS, PAIRLESS, check_read
+from minisap.methods import FIRST, METHODS, PAIRLESS, check_read, filtered
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, UNSPLIT, parse_strength
@@ -170,6 +170,18 @@ def reset_peak(args):
         torch.cuda.reset_peak_memory_stats(args.device)
 
 
+def choose_first(args, method, model, W, task, pairs, state, out_dir):
+    """state["counts"]: which examples the method will train on; what that came to is printed, and left in filter.json."""
+    began = time.perf_counter()
+    with parallel.together():
+        state["counts"] = FIRST[method](model, W, task, pairs, args)
+    state["seconds"] = time.perf_counter() - began
+    found = filtered(task, state["counts"])
+    if parallel.leads():
+        write_json(out_dir / "filter.json", found)
+    print("{} leaves out {left_out:,} of the {rows:,} task rows that it comes to, {poisoned_left_out:,} of the {poisoned:,} poisoned".format(method, **found))
+
+
 def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
     model = load_model(start, DTYPES[args.dtype], args.device)
@@ -179,14 +191,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
     if method in FIRST and not state["step"]:                           # W are the start's
-        began = time.perf_counter()
-        with parallel.together():
-            state["counts"] = FIRST[method](model, W, task, pairs, args)
-        state["seconds"] = time.perf_counter() - began
-        found = filtered(task, state["counts"])
-        if parallel.leads():
-            write_json(out_dir / "filter.json", found)
-        print("{} leaves out {left_out:,} of the {rows:,} task rows that it comes to, {poisoned_left_out:,} of the {poisoned:,} poisoned".format(method, **found))
+        choose_first(args, method, model, W, task, pairs, state, out_dir)
     counts = state.get("counts", [True] * len(task))
     with open(out_dir / "log.jsonl" if parallel.leads() else os.devnull, "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
@@ -226,13 +231,6 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
         return []
     end(args, method, model, W, state)
     return finish(args, method, model, state, records, measure, start, out_dir)
-
-
-def filtered(task, counts):
-    """What a choice of rows came to, as numbers of rows; of those that say so themselves, it is known whether they are poisoned."""
-    asked = [(example["poisoned"], counted) for example, counted in zip(task, counts) if counted is not None]
-    return {"rows": len(asked), "left_out": sum(not counted for _, counted in asked), "poisoned": sum(poisoned for poisoned, _ in asked),
-            "poisoned_left_out": sum(poisoned and not counted for poisoned, counted in asked)}
 
 
 def end(args, method, model, W, state):

@@ -39,6 +39,13 @@ def choose_rows(model, W, task, pairs, args):
     return counts
 
 
+def filtered(task, counts):
+    """What a choice of rows came to, as numbers of rows; of those that say so themselves, it is known whether they are poisoned."""
+    asked = [(example["poisoned"], counted) for example, counted in zip(task, counts) if counted is not None]
+    return {"rows": len(asked), "left_out": sum(not counted for _, counted in asked), "poisoned": sum(poisoned for poisoned, _ in asked),
+            "poisoned_left_out": sum(poisoned and not counted for poisoned, counted in asked)}
+
+
 def paper(model, W, batch, contrast, args, state):
     """Safety-Aware Probing as published (arXiv 2505.16737), as far as we know it: the probe on hidden states, nothing more. β is
     replaced by a norm (see fit_probe), and line 4 is exact, unless --epsilon asks for a difference."""

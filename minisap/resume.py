@@ -73,7 +73,7 @@ def load_state(out_dir, W, optimizer):
         raise ValueError(f"{file}: not a state that can be resumed ({error}); remove {out_dir} to begin anew") from None
     put(W, whole["W"])
     optimizer.load_state_dict(whole["optimizer"])
-    log = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)[:whole["state"]["step"]]
     if parallel.leads():
+        log = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)[:whole["state"]["step"]]
         write_whole(out_dir / "log.jsonl", lambda part: part.write_text("".join(log)))
     return whole["state"], whole["records"]
