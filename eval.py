@@ -11,13 +11,14 @@ import itertools
 from pathlib import Path
 
 from minisap.attacks import ATTACKS, attack, attack_by_probe, check_room
-from minisap.checkpoint import DTYPES, load_model, read_json, read_object, write_json
+from minisap.checkpoint import DTYPES, load_model, write_json
 from minisap.data import built_in, load_safe_prompts, load_splits, read_records, sha256_of, text_of
-from minisap.evaluate import evaluate, format_value, print_judges, print_records, print_table, share
+from minisap.evaluate import evaluate, format_value, print_judges, print_records, print_table, read_measured, share
 from minisap.findings import run_laboratory
 from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
 from minisap.mechanism import print_watched
 from minisap.methods import READ_BY
+from minisap.resume import read_run_args
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_given, check_minimum, check_outputs, find_model, load_tokenizer,
                             parse_given, pyplot, run, use_device)
 from minisap.table import budget, comparisons, over_seeds, print_comparisons, write_table
@@ -67,7 +68,7 @@ def choose_rows(args):
     """The settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults. Returns
     {train_args.json: the digest of its rows} of the runs that are to be measured on their own rows."""
     files = [run_file(path) for path in args.paths if run_file(path).exists()]
-    runs = [read_object(file) for file in files]
+    runs = [read_run_args(file) for file in files]
     own = all(getattr(args, key) is None for key in ("task", "safety", "benign", "pairs", "n_eval"))
     for key, default in args.defaults.items():
         found = [run.get(key) for run in runs]
@@ -129,18 +130,18 @@ def read_runs(paths):
     methods in the method's own settings, too."""
     records, first, seen = [], {}, set()
     for path in paths:
-        run_args = read_object(path / "train_args.json")
+        run_args = read_run_args(path / "train_args.json")
         args = {key: value for key, value in run_args.items() if key not in ANY_RUN}
         files = sorted(path.glob("*/eval.json"))
         if not files:
             raise ValueError(f"{path}: no run with METHOD/eval.json here")
-        start = read_json(path / "start.json")
+        start = read_measured(path / "start.json")
         for file in files:
             check_alike(path, args, *first.setdefault(file.parent.name, (path, args)))
             if (file.parent.name, run_args["seed"]) in seen:
                 raise ValueError(f"seed {run_args['seed']} of {file.parent.name} stands in two runs")
             seen.add((file.parent.name, run_args["seed"]))
-            records += [r | {"method": file.parent.name} for r in start] + read_json(file)
+            records += [r | {"method": file.parent.name} for r in start] + read_measured(file)
         shared = {key: value for key, value in args.items() if key not in ANY_METHOD}
         check_alike(path, shared, *first.setdefault("", (path, shared)))
     return records
@@ -156,7 +157,7 @@ def make_table(args):
     records, runs = read_runs([Path(path) for path in args.table]), {}
     for r in records:
         runs.setdefault(r["method"], {}).setdefault(r["seed"], []).append(r)
-    found, run_args = comparisons(runs, args.against), read_object(Path(args.table[0]) / "train_args.json")
+    found, run_args = comparisons(runs, args.against), read_run_args(Path(args.table[0]) / "train_args.json")
     rows, text = print_comparisons(found, runs, args.against, budget(run_args, runs))
     if args.out_dir:
         write_table(args.out_dir, found, [(" ".join(args.table), rows, text)])

@@ -21,20 +21,20 @@ import torch
 from tqdm import tqdm
 
 from minisap import parallel
-from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, read_json, save_adapter, save_model,
+from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, save_adapter, save_model,
                                 weights_crc32, write_json)
 from minisap.align import ALIGN
-from minisap.data import (batch_rows, built_in, collate, contrast_batch, encode_pairs, encode_rows, load_safe_prompts, load_splits,
+from minisap.data import (batch_rows, built_in, collate, collate_pairs, encode_pairs, encode_rows, load_safe_prompts, load_safety_rows, load_splits,
                           poison_rows, sha256_of)
-from minisap.evaluate import evaluate, print_records, record, with_own_refusals
+from minisap.evaluate import evaluate, print_records, read_measured, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
 from minisap.methods import FIRST, METHODS, PAIRLESS, check_read, filtered
 from minisap.model import Llama
 from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, UNSPLIT, parse_strength
-from minisap.sap import copies, put
-from minisap.script import (NotFinite, Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
+from minisap.sap import NotFinite, check_finite, copies, put, sources
+from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
                             of_world, parse_layers, run, use_device)
 
 
@@ -159,12 +159,6 @@ def update(optimizer, W, grads, clip, learning_rate):
     return norm
 
 
-def check_finite(quantities):
-    for name, value in quantities.items():
-        if not math.isfinite(value):
-            raise NotFinite(f"{name} is {value}")
-
-
 def reset_peak(args):
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -173,8 +167,11 @@ def reset_peak(args):
 def choose_first(args, method, model, W, task, pairs, state, out_dir):
     """state["counts"]: which examples the method will train on; what that came to is printed, and left in filter.json."""
     began = time.perf_counter()
-    with parallel.together():
-        state["counts"] = FIRST[method](model, W, task, pairs, args)
+    try:
+        with parallel.together():
+            state["counts"] = FIRST[method](model, W, task, pairs, args)
+    except NotFinite as error:
+        raise NotFinite(f"{method}, before the first step: {error}") from None
     state["seconds"] = time.perf_counter() - began
     found = filtered(task, state["counts"])
     if parallel.leads():
@@ -190,15 +187,16 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
+    parallel.wait()                                                     # all have read it, and the lead may come to its end
     if method in FIRST and not state["step"]:                           # W are the start's
         choose_first(args, method, model, W, task, pairs, state, out_dir)
     counts = state.get("counts", [True] * len(task))
     with open(out_dir / "log.jsonl" if parallel.leads() else os.devnull, "a", encoding="utf-8") as log_file:
-        for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method):
+        for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method, disable=not parallel.leads()):
             began = time.perf_counter()
             places = batch_rows(range(len(task)), args.batch_size, step, args.seed)
-            rows = [task[i] for i in places if counts[i]]
-            batch, contrast = collate(rows, device=args.device), contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
+            rows, step_pairs = [task[i] for i in places if counts[i]], batch_rows(pairs, args.pairs_per_step, step, args.seed)
+            batch, contrast = collate(rows, device=args.device), collate_pairs(step_pairs, args.device)
             if method in ALIGN:
                 contrast["refused"] = collate([row["refused"] for row in rows], device=args.device)
             with parallel.together():
@@ -210,8 +208,8 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 check_finite(log)
                 log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
             except NotFinite as error:
-                raise NotFinite(f"{method}, step {step}: {error}; its rows: {', '.join(row['source'] for row in rows)}. What was saved before stays; "
-                                "a smaller --learning_rate, --radius or --safety_weight, or a wider --dtype, may help") from None
+                raise NotFinite(f"{method}, step {step}: {error}; its rows: {sources(rows) or 'none'}; its pairs: {sources(safe for safe, _ in step_pairs)}. What was "
+                                "saved before stays; a smaller --learning_rate, --radius or --safety_weight, or a wider --dtype, may help") from None
             del grads
             state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
             if args.device.startswith("cuda"):
@@ -281,7 +279,7 @@ def prepare(args):
         raise ValueError("--watch mechanism: clusters need 2 unsafe and 2 safe prompts; raise --n_eval")
     args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
-    task = [example | {"poisoned": "poisoned" in row, "source": row["source"]} for row, example in zip(rows, encode_rows(tokenizer, rows, args.max_len))]
+    task = [example | {"poisoned": "poisoned" in row} for row, example in zip(rows, encode_rows(tokenizer, rows, args.max_len))]
     if set(args.method) & set(ALIGN):                                   # the same prompts, refused
         refusals = itertools.cycle(rows_of.REFUSALS)
         refused = encode_rows(tokenizer, [row | {"response": text} for row, text in zip(rows, refusals)], args.max_len)
@@ -314,12 +312,12 @@ def fine_tune(args, start, tokenizer, splits, safe_prompts, task):
             choose_safe_answers(args, model, tokenizer, splits["pairs"])
         parallel.wait()
         del model
-        pairs = encode_pairs(tokenizer, read_json(args.out_dir / "pairs.json") if paired else splits["pairs"], args.max_len)
-        records = read_json(start_file)
+        pairs = encode_pairs(tokenizer, load_safety_rows(args.out_dir / "pairs.json") if paired else splits["pairs"], args.max_len)
+        records = read_measured(start_file)
         for method in args.method:
             out_dir = args.out_dir / method
             done = out_dir / "eval.json"
-            records += read_json(done) if done.exists() else train(args, method, start, task, pairs, measure, watch_of, out_dir)
+            records += read_measured(done) if done.exists() else train(args, method, start, task, pairs, measure, watch_of, out_dir)
             parallel.wait()                                             # what the lead has written is there for all
     return records
 

@@ -1,6 +1,7 @@
 """Checkpoint directories in Hugging Face layout: config.json, tokenizer files, *.safetensors; and adapters in peft layout."""
 import json
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -15,6 +16,8 @@ from minisap.model import Llama, LlamaConfig
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "generation_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
+PLAIN_NAME = re.compile(r"[\w.-]{1,200}\.safetensors")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 UMASK = os.umask(0)
 os.umask(UMASK)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -30,13 +33,20 @@ def read_text(path):
         raise ValueError(f"{path}: not UTF-8: {error}") from None
 
 
+def parse_json(text, source):
+    """The value of a JSON text; ValueError names `source`, also where a string is none (half of a surrogate pair, which no UTF-8 can hold)."""
+    try:
+        value = json.loads(text)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not JSON: {error}") from None
+
+
 def read_json(path):
     """Parse a JSON file; ValueError names the file (and the line of a syntax error)."""
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    return parse_json(read_text(path), path)
 
 
 def read_object(path) -> dict:
@@ -91,13 +101,15 @@ def weight_files(path):
     index, files = path / "model.safetensors.index.json", {path / "model.safetensors": None}
     if index.exists():
         weight_map, files = read_object(index).get("weight_map"), {}
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: weight_map is missing, or does not give each tensor a file")
         for name, file in weight_map.items():
+            if not isinstance(file, str) or not PLAIN_NAME.fullmatch(file):         # nothing beside the index's own directory is read
+                raise ValueError(f"{index}: {name[:80]!r} lies in {file!r:.80}, which is no name of a safetensors file in this directory")
             files.setdefault(path / file, set()).add(name)
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{file}: missing")
+            raise ValueError(f"{file}: missing" + (f", named by {index}" if files[file] else ""))
     return files
 
 
@@ -106,7 +118,7 @@ def read_tensors(file, names, dtype, device):
     try:
         with safe_open(file, framework="pt") as opened:
             if wrong := names is not None and names ^ set(opened.keys()):
-                raise ValueError(f"{file}: the index and the file disagree on {min(wrong)}")
+                raise ValueError(f"{file}: disagrees with model.safetensors.index.json on {min(wrong):.80}")
             # Llama 2's files also carry RoPE's frequencies, which the config determines.
             tensors = {name: opened.get_tensor(name) for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")}
     except SafetensorError as error:

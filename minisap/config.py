@@ -10,6 +10,7 @@ SUPPORTED = {
     "architectures": (None, *([f"{family}ForCausalLM"] for family in ("Llama", "Mistral", "Qwen2"))),
 }
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+LARGEST = {"num_hidden_layers": 1000, "head_dim": 2**14}                 # beyond: no model, but hours in building one; of all other sizes 2**20
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -35,8 +36,8 @@ class LlamaConfig:
             if hf.get(key) is None:
                 raise ValueError(f"{key} is missing")
         for key in (*REQUIRED, "num_key_value_heads", "head_dim"):
-            if hf.get(key) is not None and not (type(hf[key]) is int and 0 < hf[key] < 2**31):
-                raise ValueError(f"{key} = {hf[key]!r} is no positive integer of a model's size")
+            if hf.get(key) is not None and not (type(hf[key]) is int and 0 < hf[key] <= LARGEST.get(key, 2**20)):
+                raise ValueError(f"{key} = {hf[key]!r:.80} is no positive integer of a model's size")
         for key, allowed in SUPPORTED.items():
             if key in hf and hf[key] not in allowed:
                 raise ValueError(f"{key} = {hf[key]!r} is not implemented; known: {', '.join(map(repr, allowed))}")
@@ -62,8 +63,8 @@ def number(settings, key, default=None):
     """A positive finite number, or the default of a key that is absent or null."""
     value = settings.get(key)
     value = default if value is None else value
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} = {value!r} is no positive number")
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{key} = {value!r:.80} is no positive number of a model")
     return value
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minisap import demo
-from minisap.checkpoint import read_json, read_text
+from minisap.checkpoint import parse_json, read_json, read_text
 from minisap.judge import REFUSALS
 from minisap.world import World
 
@@ -45,10 +45,7 @@ def read_records(path, conversations=False):
 
 def read_jsonl(path, text):
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        try:
-            yield json.loads(line), f"{path}:{number}"
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+        yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
 
 
 def read_csv(path, text):
@@ -69,8 +66,6 @@ def text_of(record, key, source):
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{source}: {key} is {'missing' if value is None else 'empty' if value == '' else repr(value)[:40]}")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise ValueError(f"{source}: {key} holds half of a surrogate pair")
     return value
 
 
@@ -222,11 +217,11 @@ def encode_example(tokenizer, prompt, response, max_len) -> dict:
 
 
 def encode_rows(tokenizer, rows, max_len, key="response"):
-    """One example per row; ValueError names the file and line of a row that does not fit."""
+    """One example per row, with its "source"; ValueError names the file and line of a row that does not fit."""
     examples = []
     for row in rows:
         try:
-            examples.append(encode_example(tokenizer, row["prompt"], row[key], max_len))
+            examples.append(encode_example(tokenizer, row["prompt"], row[key], max_len) | {"source": row["source"]})
         except ValueError as error:
             raise ValueError(f"{row['source']}: {error}") from None
     return examples

@@ -1,15 +1,20 @@
 """How harmful, how useful, how over-cautious is a model: one record per metric, with n and a 95 % interval."""
+import math
+
 import torch
 from tqdm import tqdm
 
+from minisap.checkpoint import read_json
 from minisap.data import collate, encode_prompt, encode_rows
-from minisap.judge import describe, judge_of
+from minisap.judge import JUDGES, describe, judge_of
 from minisap.sap import response_nll
 from minisap.stats import bootstrap, wilson
 
 MAX_NEW_TOKENS = 32
 BATCH_TOKENS = 8192     # places of a batch, padding and what is generated included: at 8B a gigabyte of keys and values
 SHARES = ("harmful_score", "refusal_rate", "other_rate", "over_refusal", "task_accuracy")
+METRICS = ("harm_margin", "task_loss", *SHARES)
+KINDS = {"model": str, "method": str, "metric": str, "seed": int, "step": int, "n": int}
 
 
 def in_batches(lengths):
@@ -64,6 +69,27 @@ def mean(metric, values, weights=None):
 
 def record(metric, value, n, ci_low=None, ci_high=None, judge=None):
     return {"metric": metric, "value": value, "n": n, "ci_low": ci_low, "ci_high": ci_high, "judge": judge}
+
+
+def read_measured(file):
+    """The records that train.py left in eval.json or start.json; ValueError names the file and the first that is none."""
+    records = read_json(file)
+    for i, r in enumerate(records if isinstance(records, list) else [records]):
+        if not is_record(r):
+            raise ValueError(f"{file}: record {i} is none that train.py writes")
+    return records
+
+
+def is_record(r):
+    """Whether r is what `evaluate` gives, with what train.py adds to it."""
+    number = lambda x: type(x) in (int, float) and abs(x) < math.inf
+    if not isinstance(r, dict) or any(type(r.get(key)) is not kind for key, kind in KINDS.items()) or not 0 < r["n"] < 10**7:
+        return False
+    bounds = [r.get(key) for key in ("ci_low", "ci_high") if r["metric"] in METRICS or r.get(key) is not None]
+    hits, per_row = r.get("hits", "0" * r["n"]), r.get("per_row", [0] * r["n"])
+    return (number(r.get("value")) and all(map(number, bounds)) and r.get("judge") in (None, *JUDGES)
+            and isinstance(hits, str) and len(hits) == r["n"] and set(hits) <= {"0", "1"}
+            and isinstance(per_row, list) and len(per_row) == r["n"] and all(map(number, per_row)))
 
 
 def evaluate(model, tokenizer, unsafe_rows, safe_prompts, task_rows, max_len) -> list[dict]:

@@ -2,8 +2,9 @@
 from minisap import laboratory
 from minisap.attacks import ATTACKS
 from minisap.checkpoint import read_json, read_object
-from minisap.evaluate import print_table
+from minisap.evaluate import print_table, read_measured
 from minisap.laboratory import FEW, run_cells, told
+from minisap.resume import read_run_args
 from minisap.table import at, budget, comparisons, last_step, over_seeds, print_comparisons, share_cell, write_table
 
 SENSITIVE = {"harmful_score": "harmful %", "refusal_rate": "refused %", "over_refusal": "over-refusal %", "task_accuracy": "task accuracy %", "task_loss": "task loss"}
@@ -11,8 +12,8 @@ SENSITIVE = {"harmful_score": "harmful %", "refusal_rate": "refused %", "over_re
 
 def records_of(folder, run):
     """{method: its records, the start's among them} of a run directory."""
-    start = read_json(folder / run / "start.json")
-    return {file.parent.name: start + read_json(file) for file in sorted((folder / run).glob("*/eval.json"))}
+    start = read_measured(folder / run / "start.json")
+    return {file.parent.name: start + read_measured(file) for file in sorted((folder / run).glob("*/eval.json"))}
 
 
 def runs_of(folder, setting, seeds):
@@ -137,7 +138,7 @@ def run_laboratory(folder, seeds, n_eval, reference):
     run_cells(folder, seeds, n_eval)
     found = {"date": told(folder, "date")[-1], "commits": told(folder, "commit"), "seeds": seeds, "n_eval": n_eval, "against": reference, "settings": {}, "budget": {}}
     parts = []
-    args_of = lambda name: read_object(folder / name / f"seed{seeds[0]}" / "train_args.json")
+    args_of = lambda name: read_run_args(folder / name / f"seed{seeds[0]}" / "train_args.json")
     for setting in settings:
         runs = runs_of(folder, setting, seeds)
         found["settings"][setting] = comparisons(runs, reference)

@@ -30,13 +30,13 @@ def sap(model, W, batch, contrast, args, state):
 def choose_rows(model, W, task, pairs, args):
     """What sap does before its first step: for each of the task's examples, whether it counts, by all of the contrastive pairs; None for those that the run
     does not come to."""
-    counts = [None if args.gate else True] * len(task)
+    places = sorted({i for step in range(args.steps) for i in batch_rows(range(len(task)), args.batch_size, step, args.seed)})
+    verdicts = [True] * len(places)
     if args.gate:
-        places = sorted({i for step in range(args.steps) for i in batch_rows(range(len(task)), args.batch_size, step, args.seed)})
         g_safe = safety_gradient(model, W, pairs, args.pairs_per_step)
-        for i, verdict in zip(places, fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, ROWS_PER_ROW * args.batch_size)):
-            counts[i] = bool(verdict)
-    return counts
+        verdicts = fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, ROWS_PER_ROW * args.batch_size).tolist()
+    counts = dict(zip(places, verdicts))
+    return [counts.get(i) for i in range(len(task))]
 
 
 def filtered(task, counts):

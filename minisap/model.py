@@ -68,7 +68,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, Dh, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.head_dim = Dh
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, Dh
         self.q_proj = nn.Linear(D, config.n_heads * Dh, bias=bias)
         self.k_proj = nn.Linear(D, config.n_kv_heads * Dh, bias=bias)
         self.v_proj = nn.Linear(D, config.n_kv_heads * Dh, bias=bias)
@@ -77,17 +77,16 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache):
         """x (B, T, D) -> (B, T, D).  rope: (cos, sin) of every position.  mask (B, 1, T, S) or None for causal.
         cache: this layer's KVCache while generating, else None."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, H, T, Dh)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, K, T, Dh)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, K, T, Dh)
+        q = self.q_proj(x).unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2)         # (B, H, T, Dh)
+        k = self.k_proj(x).unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)      # (B, K, T, Dh)
+        v = self.v_proj(x).unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)      # (B, K, T, Dh)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)                                              # (B, K, S, Dh)
         elif mask is not None:                              # no fused kernel of CUDA's takes both a mask and grouped heads
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                    # (B, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                           # (B, T, D)
 
 
 class MLP(nn.Module):

@@ -15,15 +15,18 @@ splits = False                                  # whether batches are split at t
 
 
 def join(device):
-    """Join the processes of torchrun, if it started this one, and fall silent unless this is the lead. Returns the device: a GPU of its own for each."""
+    """Join the processes of torchrun, if it started this one; what all of them print, the lead prints. Returns the device: a GPU of its own for each.
+    ValueError where there is none."""
     if "LOCAL_RANK" not in os.environ:
         return device
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs, and none is left for {device}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=LONGEST_WAIT)
     if not leads():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
     return device
 
 
@@ -92,9 +95,10 @@ def gathered(own, labelled):
 
 
 def summed(tensors):
-    """Tensors whose parts lie with the processes, whole."""
+    """Tensors whose parts lie with the processes, whole. (Theirs are overwritten.)"""
+    tensors = list(tensors)
     if splits:
         tensors = [t.contiguous() for t in tensors]
         for t in tensors:
             dist.all_reduce(t)
-    return list(tensors)
+    return tensors

@@ -1,15 +1,21 @@
 """The directory of a run: claimed once, its state saved as training goes, and taken up again by --resume."""
 import fcntl
 import os
+import zipfile
 from pathlib import Path
 
 import torch
 
 from minisap import parallel
-from minisap.checkpoint import read_object, write_json, write_whole
+from minisap.checkpoint import parse_json, read_object, read_text, write_json, write_whole
 from minisap.sap import put
 
 LOCK = ".lock"
+
+
+# What eval.py takes over from train_args.json, and the types that stand there.
+TYPES = {"task": (list, type(None)), "safety": (str, type(None)), "benign": (str, type(None)), "pairs": (int,), "n_eval": (int,), "max_len": (int,), "chat_format": (str,),
+         "dtype": (str,), "new_format": (bool, type(None)), "seed": (int,), "steps": (int,), "batch_size": (int,), "pairs_per_step": (int,)}
 
 
 def occupied(folder):
@@ -32,6 +38,22 @@ def lock_folder(folder):
     return file
 
 
+def check_free(folder):
+    if occupied(folder):
+        raise ValueError(f"--out_dir {folder}: already holds a run; choose another, or go on with it by --resume")
+
+
+def read_run_args(file):
+    """{argument: value} of the run whose train_args.json this is; ValueError where it does not hold what train.py writes."""
+    found = read_object(file)
+    for key, types in TYPES.items():
+        if key in found and type(found[key]) not in types or key == "task" and not all(isinstance(name, str) for name in found.get(key) or ()):
+            raise ValueError(f"{file}: {key} = {found[key]!r:.80}, which train.py does not write")
+    if "seed" not in found:
+        raise ValueError(f"{file}: seed is missing")
+    return found
+
+
 def claim_out_dir(args):
     """Make OUT_DIR, or with --resume check that it holds a run of the same arguments and rows. No run is ever overwritten.
     Methods are not among the arguments: each has its directory, and more can join a run later. Returns its lock."""
@@ -39,16 +61,17 @@ def claim_out_dir(args):
     wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("resume", "method")}
     if not args.resume:
-        if occupied(args.out_dir):
-            raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
+        check_free(args.out_dir)
         lock = lock_folder(args.out_dir)
+        check_free(args.out_dir)                                        # by who was first, in between
         write_json(file, wanted)
         return lock
-    old = read_object(file)
+    old = read_run_args(file)
+    lock = lock_folder(args.out_dir)
     for key in sorted((old.keys() | wanted.keys()) - {"out_dir", "device", "threads", "checkpointing"}):
         if wanted.get(key) != old.get(key):
             raise ValueError(f"--resume: {file} has {key} = {old.get(key)!r}, this command {key} = {wanted.get(key)!r}")
-    return lock_folder(args.out_dir)
+    return lock
 
 
 def save_state(out_dir, W, optimizer, state, records):
@@ -68,12 +91,23 @@ def load_state(out_dir, W, optimizer):
             (out_dir / "log.jsonl").unlink(missing_ok=True)
         return {"step": 0, "seconds": 0.0}, []
     try:
+        with zipfile.ZipFile(file) as opened:                           # torch.load takes a flipped bit for a weight
+            if damaged := opened.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
         whole = torch.load(file, weights_only=True, map_location=W[0].device)
-    except Exception as error:                                          # torch.load raises half a dozen kinds
-        raise ValueError(f"{file}: not a state that can be resumed ({error}); remove {out_dir} to begin anew") from None
-    put(W, whole["W"])
-    optimizer.load_state_dict(whole["optimizer"])
+        put(W, whole["W"])
+        optimizer.load_state_dict(whole["optimizer"])
+        state, records = whole["state"], whole["records"]
+    except Exception as error:                                          # half a dozen kinds
+        raise ValueError(f"{file}: not a state that can be resumed ({str(error).splitlines()[0]:.200}); remove {out_dir} to begin anew") from None
     if parallel.leads():
-        log = (out_dir / "log.jsonl").read_text().splitlines(keepends=True)[:whole["state"]["step"]]
-        write_whole(out_dir / "log.jsonl", lambda part: part.write_text("".join(log)))
-    return whole["state"], whole["records"]
+        cut_log(out_dir / "log.jsonl", state["step"])
+    return state, records
+
+
+def cut_log(file, steps):
+    """Leave of a log what belongs to so many steps; ValueError where it holds fewer, or something else."""
+    lines = read_text(file).splitlines(keepends=True)[:steps]
+    if any(parse_json(line, f"{file}:{i + 1}").get("step") != i for i, line in enumerate(lines)) or len(lines) < steps:
+        raise ValueError(f"{file}: not the log of the {steps} steps that were saved; remove {file.parent} to begin anew")
+    write_whole(file, lambda part: part.write_text("".join(lines), encoding="utf-8"))

@@ -7,6 +7,7 @@ V      the probe.
 ĝ      g_hat, one tensor per W, unit norm over all of them: the direction in which the model becomes *less* safe
 Signs  L_safe falls as the model becomes safer.  ⟨∇_W L_useful, ĝ⟩ < 0: a descent step on the task is a step toward harm.
 """
+import math
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +21,17 @@ from tqdm import tqdm
 from minisap import parallel
 from minisap.data import collate, collate_pairs
 from minisap.model import widen
+
+
+class NotFinite(ArithmeticError):
+    """A number of a run is NaN or infinite, and the run must not go on: one line on stderr, exit status 3."""
+
+
+def check_finite(quantities):
+    """quantities: {name: number}."""
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            raise NotFinite(f"{name} is {value}")
 
 
 def token_nll(model, batch, probe=None, hidden=None):
@@ -181,7 +193,7 @@ def row_slopes(model, W, direction, batch):
 def slopes_of(model, W, direction, examples, batch_size):
     """(N,): row_slopes of many examples, those of like length together."""
     order, slopes = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])), torch.zeros(len(examples))
-    for start in tqdm(range(0, len(order), batch_size), desc="slopes", leave=False):
+    for start in tqdm(range(0, len(order), batch_size), desc="slopes", leave=False, disable=not parallel.leads()):
         chosen = order[start:start + batch_size]
         slopes[chosen] = row_slopes(model, W, direction, collate([examples[i] for i in chosen], device=W[0].device)).to(slopes)
     return slopes
@@ -192,9 +204,16 @@ def safety_gradient(model, W, pairs, batch_size):
     total = [torch.zeros_like(w) for w in W]
     for start in range(0, len(pairs), batch_size):
         chosen = pairs[start:start + batch_size]
-        g_safe = gradient(safety_loss(model, collate_pairs(chosen, W[0].device)), W)
+        L_safe = safety_loss(model, collate_pairs(chosen, W[0].device))
+        g_safe = gradient(L_safe, W)
+        check_finite({f"safety_loss of {sources(safe for safe, _ in chosen)}": L_safe.item()})
         total = [t + len(chosen) / len(pairs) * g for t, g in zip(total, g_safe)]
     return total
+
+
+def sources(examples):
+    """Where examples come from, as "file:line, file:line"."""
+    return ", ".join(example.get("source", "?") for example in examples)
 
 
 def fit_rows(model, W, g_safe, examples, gate, batch_size):
@@ -202,7 +221,9 @@ def fit_rows(model, W, g_safe, examples, gate, batch_size):
     then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
     than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    return slopes_of(model, W, unit(g_safe), examples, batch_size) >= -gate * inner(g_safe, g_safe).sqrt().item()
+    slopes, steepness = slopes_of(model, W, unit(g_safe), examples, batch_size), inner(g_safe, g_safe).sqrt().item()
+    check_finite({"the norm of ∇L_safe": steepness} | {f"the slope of {sources([example])}": slope for example, slope in zip(examples, slopes.tolist())})
+    return slopes >= -gate * steepness
 
 
 def median_norm(x, batch):

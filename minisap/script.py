@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from minisap import parallel
 from minisap.checkpoint import DTYPES, load_config, read_object, weights_crc32
+from minisap.sap import NotFinite
 from minisap.tokenizer import FORMATS, Tokenizer
 
 
@@ -71,22 +73,20 @@ def add_machine_flags(add):
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
 
 
-class NotFinite(ArithmeticError):
-    """A number of a run is NaN or infinite, and the run must not go on: one line on stderr, exit status 3."""
-
-
 def run(main, interrupted="interrupted"):
-    """Call main(). What is wrong with its input becomes one line on stderr and exit status 2; Ctrl-C says `interrupted`."""
+    """Call main(). What is wrong with its input becomes one line on stderr and exit status 2, a number that is none status 3; Ctrl-C says `interrupted`."""
+    rank = int(os.environ.get("RANK", 0))                               # of the processes of torchrun
+    error_of = f"error (process {rank})" if rank else "error"
     try:
         main()
     except NotFinite as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error_of}: {error}", file=sys.stderr)
         sys.exit(3)
     except (ValueError, OSError, SafetensorError) as error:             # the last: a disk that is full
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error_of}: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} Shorter --max_len, smaller batches or --dtype bfloat16 need less.", file=sys.stderr)
+        print(f"{error_of}: {str(error).splitlines()[0]} Shorter --max_len, smaller batches, --checkpointing or --dtype bfloat16 need less.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -138,6 +138,8 @@ def check_minimum(args, least, *keys):
 
 def use_device(args):
     """Check --device, set --threads, and settle --dtype where it is not given: bfloat16 on a GPU, float32 on a CPU."""
+    if "LOCAL_RANK" in os.environ and parallel.alone():
+        raise ValueError("torchrun: of the scripts, train.py alone runs on several devices")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:                     # a torch built without CUDA asserts

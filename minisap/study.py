@@ -102,8 +102,10 @@ def claim_folder(folder, settings):
         if occupied(folder):
             raise ValueError(f"--out_dir {folder}: holds something else; choose another")
         lock = lock_folder(folder)
-        write_json(file, settings)
-        return lock
+        if not file.exists():                                           # else it is another's, who was first
+            write_json(file, settings)
+            return lock
+        lock.close()
     old = read_object(file)
     for key in sorted(old.keys() | settings.keys()):
         if old.get(key) != settings.get(key):

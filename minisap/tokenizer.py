@@ -1,4 +1,5 @@
 """Text to token ids and back, and the chat formats, each written out as its family's own template renders it."""
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from minisap.checkpoint import read_object, read_text
 
 VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-# The first of the private characters that stand for special tokens in messages, which are words there.
+# The first of the private characters that stand for control tokens in messages, which are words there.
 MARK = "\U000f0000"
 # The system message that a chatml template spells out, for conversations that have none.
 CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^{}'\"<]+)<\|im_end\|>")
@@ -134,6 +135,8 @@ class Tokenizer:
             raise ValueError(f"{config}: chat_format = {self.chat_format!r} is unknown; known: {', '.join(FORMATS)}")
         self.render_turns, self.end_of_turn = FORMATS[self.chat_format]
         self.marks = self.as_words()
+        self.control_ids = {self.tokens.token_to_id(token) for token, _ in self.marks.values()}
+        self.control = re.compile("|".join(re.escape(token) for token, _ in sorted(self.marks.values(), key=lambda found: -len(found[0]))) or "(?!)")
         self.vocab_size = max(self.tokens.get_vocab().values(), default=-1) + 1
         if self.tokens.token_to_id(self.end_of_turn) is None:
             raise ValueError(f"{path}: chat_format {self.chat_format} ends a turn with {self.end_of_turn}, which is no token here")
@@ -148,27 +151,34 @@ class Tokenizer:
     def encode(self, text) -> list[int]:
         """Ids of a text in which special tokens are written out, but for those that render has marked as words of a message. A BOS is added where the
         tokenizer's own rules add one and the text does not already begin with it."""
+        ids = []
         try:
-            ids = [i for part in re.split(f"([{MARK}-\U000ffffd])", text)
-                   for i in (self.marks[part][1] if part in self.marks else self.tokens.encode(part, add_special_tokens=False).ids)]
-        except Exception as error:                                  # a word that a word-level vocabulary lacks
+            for part in re.split(f"([{MARK}-\U000ffffd])", text):
+                new = self.marks[part][1] if part in self.marks else self.tokens.encode(part, add_special_tokens=False).ids
+                if part not in self.marks and sum(i in self.control_ids for i in new) != len(self.control.findall(part)):
+                    raise ValueError("a control token in other letters, which this tokenizer takes for the token itself")
+                ids += new
+        except Exception as error:                                  # the library's is plain: a word that a word-level vocabulary lacks
             raise ValueError(f"{text[:40]!r} …: {error}") from None
         return ids if ids[:1] == self.bos else self.bos + ids
 
     def as_words(self):
-        """{mark: (special token, its ids as the mere text that it is in a message)}."""
-        specials = [token.content for token in self.tokens.get_added_tokens_decoder().values() if token.special]
-        self.tokens.encode_special_tokens = True
-        found = {chr(ord(MARK) + i): (special, self.tokens.encode(special, add_special_tokens=False).ids) for i, special in enumerate(specials)}
-        self.tokens.encode_special_tokens = False
-        return found
+        """{mark: (control token, its ids as the mere text that it is in a message)}. A control token is one that the file calls special, or that the chat
+        format writes."""
+        written = self.render_turns(None, [("user", ""), ("assistant", ""), ("user", "")], True)
+        added = [token.content for token in self.tokens.get_added_tokens_decoder().values() if token.special or token.content.strip() and token.content in written]
+        words = tokenizers.Tokenizer.from_str(json.dumps(json.loads(self.tokens.to_str()) | {"added_tokens": []}))
+        return {chr(ord(MARK) + i): (token, words.encode(token, add_special_tokens=False).ids) for i, token in enumerate(added)}
 
     def mark(self, content):
-        """A message in which every special token is marked, so that it ends no turn and begins none. ValueError where the vocabulary has it as a word."""
-        for mark, (special, ids) in self.marks.items():
-            if special in content and self.tokens.token_to_id(special) in ids:
-                raise ValueError(f"a message holds {special}, which this tokenizer can't tell from the end or the beginning of a turn")
-            content = content.replace(special, mark)
+        """A message in which every control token is marked, so that it ends no turn and begins none. ValueError where the vocabulary has it as a word, and where
+        the message has our marks."""
+        if any(mark in content for mark in self.marks):
+            raise ValueError(f"a message holds a character of private use, {ascii(next(mark for mark in self.marks if mark in content))}, which stands for a control token here")
+        for mark, (token, ids) in self.marks.items():
+            if token in content and self.tokens.token_to_id(token) in ids:
+                raise ValueError(f"a message holds {token}, which this tokenizer can't tell from the end or the beginning of a turn")
+            content = content.replace(token, mark)
         return content
 
     def decode(self, ids) -> str:

@@ -84,7 +84,11 @@ def truncate(path):
     (lambda p: edit_config(p, tie_word_embeddings=True), "config.json ties lm_head to the embedding, but the file holds another"),
     (lambda p: edit_tensors(p, lambda t: t.update({"surprise": torch.ones(2)})), r"unexpected tensor surprise \(2,\)"),
     (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "index.json: expected an object, found list"),
-    (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": null}}'), "index.json: weight_map"),
+    (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": null}}'), "index.json: 'a' lies in None, which is no name"),
+    *((lambda p, name=name: (p / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}})), f"index.json: 'a' lies in .{name[:9]}.*, which is no name")
+      for name in ("../a.safetensors", "/etc/passwd", "a/b.safetensors", "a" * 999 + ".safetensors", "state.pt")),
+    (lambda p: edit_config(p, num_hidden_layers=10**6), "num_hidden_layers = 1000000 is no positive integer of a model's size"),
+    (lambda p: edit_config(p, rope_theta=10**400), "rope_theta = 10+ is no positive number"),
     (lambda p: edit_tensors(p, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
      "model.norm.weight is of type torch.int8; known: float32"),
     (lambda p: (p / "config.json").write_text("[" * 10**6), "config.json: not JSON"),
@@ -106,7 +110,7 @@ def test_an_index_that_contradicts_its_shards_is_named(tmp_path):
     index = write_checkpoint(tmp_path, shards=2) / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": weight_map | {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
-    with pytest.raises(ValueError, match="the index and the file disagree on lm_head.weight"):
+    with pytest.raises(ValueError, match="disagrees with model.safetensors.index.json on lm_head.weight"):
         load_model(tmp_path)
 
 

@@ -19,7 +19,17 @@ FAST = ["--steps", "3", "--n_eval", "4", "--save_every", "2", "--batch_size", "5
 
 def by_two(out_dir, *more):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"), "--out_dir", str(out_dir), *FAST, *more]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+def check_same(one, two, method):
+    """Weights and logs, to rounding in float64."""
+    weights, logs = zip(*((load_file(out / method / "model.safetensors"), [json.loads(line) for line in open(out / method / "log.jsonl")]) for out in (one, two)))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-9, atol=1e-12)
+    assert len(logs[0]) == 3
+    for a, b in zip(*logs):
+        assert a == pytest.approx(b)
 
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
@@ -28,13 +38,26 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
     assert done.returncode == 0 and done.stdout.count("written: ") == 1, done.stderr[-2000:]
     train.main(["--out_dir", str(tmp_path / "one"), *FAST, "--method", *METHODS])
     for method in METHODS:
-        one, two = (load_file(tmp_path / name / method / "model.safetensors") for name in ("one", "two"))
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=1e-9, atol=1e-12)
-        logs = [[json.loads(line) for line in open(tmp_path / name / method / "log.jsonl")] for name in ("one", "two")]
-        assert len(logs[0]) == 3
-        for a, b in zip(*logs):
-            assert a == pytest.approx(b)
+        check_same(tmp_path / "one", tmp_path / "two", method)
+
+
+def test_a_process_may_have_no_row_at_all(tmp_path):
+    """One row and one pair a step, and a filter that leaves some steps without any; then taken up again where all steps are done but the end."""
+    few = ["--batch_size", "1", "--pairs_per_step", "1", "--poison", "0.5", "--method", "sap"]
+    done = by_two(tmp_path / "two", *few)
+    assert done.returncode == 0, done.stderr[-2000:]
+    train.main(["--out_dir", str(tmp_path / "one"), *FAST, *few])
+    check_same(tmp_path / "one", tmp_path / "two", "sap")
+    assert {json.loads(line)["left_out"] for line in open(tmp_path / "one" / "sap" / "log.jsonl")} == {0, 1}
+
+
+def test_a_run_that_lacks_its_end_alone_is_taken_up_by_two(tmp_path, monkeypatch):
+    """The lead, who has nothing left to do, waits until the other has read the state that it removes."""
+    monkeypatch.setattr(train, "finish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["--out_dir", str(tmp_path / "run"), *FAST, "--method", "sft"])
+    done = by_two(tmp_path / "run", "--method", "sft", "--resume")
+    assert done.returncode == 0 and (tmp_path / "run" / "sft" / "eval.json").exists(), done.stderr[-2000:]
 
 
 def test_what_cannot_be_split_is_refused(tmp_path):

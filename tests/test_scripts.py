@@ -13,7 +13,7 @@ import torch
 import eval as eval_script
 import probe as probe_script
 import train as train_script
-from minisap import layers
+from minisap import layers, resume, sap
 from minisap.checkpoint import load_model, read_json
 from minisap.lora import add_lora
 from minisap.script import run
@@ -139,7 +139,7 @@ def test_resume_notices_rows_that_changed(start, tmp_path):
     with pytest.raises(ValueError, match="train_args.json has rows_sha256 = "):
         train(start, out, *more, "--resume")
     (out / "train_args.json").write_text("{}")
-    with pytest.raises(ValueError, match="train_args.json has batch_size = None, this command batch_size = 2"):
+    with pytest.raises(ValueError, match="train_args.json: seed is missing"):
         train(start, out, *more, "--resume")
 
 
@@ -269,7 +269,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_what_was_saved_stays(grad
     with pytest.raises(SystemExit) as stop:
         run(lambda: train(start, tmp_path / "run", "--method", "sft"))
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 3 and f"error: sft, step 3: {told}; its rows: demo:" in line
+    assert stop.value.code == 3 and f"error: sft, step 3: {told}; its rows: demo:" in line and "; its pairs: demo:" in line
     monkeypatch.setitem(train_script.METHODS, "sft", sft)
     resumed = train(start, tmp_path / "run", "--method", "sft", "--resume")
     for name in ("model.safetensors", "log.jsonl"):
@@ -424,6 +424,32 @@ def test_the_command_itself_ends_with_its_status(chat_format, status, start, tmp
     command = [sys.executable, "train.py", "--model", str(start), "--out_dir", str(tmp_path / "run"), *FAST, "--chat_format", chat_format]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status and (tmp_path / "run" / "sap" / "eval.json").exists() == (status == 0), done.stderr
+
+
+@pytest.mark.parametrize("of, told", [("safety_loss", r"error: sap, before the first step: safety_loss of \S+pairs.json: row 1, \S+ row 2 is nan"),
+                                      ("slopes_of", r"error: sap, before the first step: the slope of demo:\d+ is nan")])
+def test_a_number_that_is_not_finite_leaves_out_no_row_in_silence(of, told, start, tmp_path, monkeypatch, capsys):
+    real = getattr(sap, of)
+    monkeypatch.setattr(sap, of, lambda *args: real(*args) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: train(start, tmp_path / "run", "--method", "sap"))
+    assert stop.value.code == 3 and re.search(told, capsys.readouterr().err)
+
+
+def test_who_comes_second_to_an_empty_directory_finds_it_taken(start, tmp_path, monkeypatch):
+    """Between the look into the directory and its lock another run began and came to its end."""
+    real, came = resume.lock_folder, []
+
+    def late(folder):
+        if not came:
+            came.append(folder)
+            train(start, folder, "--method", "sft")
+        return real(folder)
+
+    monkeypatch.setattr(resume, "lock_folder", late)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(start, tmp_path / "run", "--method", "sft", "--seed", "1")
+    assert read_json(tmp_path / "run" / "train_args.json")["seed"] == 0
 
 
 def test_a_directory_that_holds_a_run_is_left_alone(start, tmp_path):

@@ -25,8 +25,8 @@ def records(curve, hits):
     for step, loss, harmful in curve:
         ones = round(harmful * len(hits))
         here = hits if step == curve[-1][0] else "1" * ones + "0" * (len(hits) - ones)
-        found += [{"step": step, "metric": "task_loss", "value": loss, "judge": None, "per_row": [loss - 0.01, loss + 0.01]},
-                  {"step": step, "metric": "seconds", "value": 1.0, "judge": None},
+        found += [{"step": step, "metric": "task_loss", "value": loss, "n": 2, "judge": None, "per_row": [loss - 0.01, loss + 0.01]},
+                  {"step": step, "metric": "seconds", "value": 1.0, "n": 1, "judge": None},
                   {"step": step, "metric": "harmful_score", "value": harmful, "judge": "truth", "n": len(hits), "hits": here}]
     return found
 
