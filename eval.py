@@ -75,8 +75,11 @@ def choose_rows(args):
         if getattr(args, key) is None:
             if any(value != found[0] for value in found):
                 raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; measure them apart"
-                                 + (f", or choose by --{key}" if key != "new_format" else ""))
+                                 f", or choose by --{key}")
             setattr(args, key, found[0] if found else default)
+    for file, run in zip(files, runs):
+        if args.n_eval > run["n_eval"] and any(getattr(args, key) == run[key] for key in ("task", "safety")):
+            raise ValueError(f"--n_eval {args.n_eval}: {file} held out {run['n_eval']} rows; more would be such as it may have learnt")
     check_minimum(args, 1, "n_eval", "max_len")
     check_minimum(args, 0, "pairs")
     return {file: run.get("rows_sha256") for file, run in zip(files, runs)} if own else {}
@@ -128,7 +131,7 @@ def measure_judge(file):
 def read_runs(paths):
     """The records that train.py wrote under run directories: of one method they may differ in their seed alone, and between
     methods in the method's own settings, too."""
-    records, first, seen = [], {}, set()
+    records, first, seen = [], {}, {}
     for path in paths:
         run_args = read_run_args(path / "train_args.json")
         args = {key: value for key, value in run_args.items() if key not in ANY_RUN}
@@ -139,8 +142,8 @@ def read_runs(paths):
         for file in files:
             check_alike(path, args, *first.setdefault(file.parent.name, (path, args)))
             if (file.parent.name, run_args["seed"]) in seen:
-                raise ValueError(f"seed {run_args['seed']} of {file.parent.name} stands in two runs")
-            seen.add((file.parent.name, run_args["seed"]))
+                raise ValueError(f"{path}: seed {run_args['seed']} of {file.parent.name} stands in {seen[file.parent.name, run_args['seed']]}, too; give runs of different seeds")
+            seen[file.parent.name, run_args["seed"]] = path
             records += [r | {"method": file.parent.name} for r in start] + read_measured(file)
         shared = {key: value for key, value in args.items() if key not in ANY_METHOD}
         check_alike(path, shared, *first.setdefault("", (path, shared)))

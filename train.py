@@ -1,7 +1,7 @@
 """Fine-tune a safety-aligned Llama with one or several methods from the same start, on the same batches, and measure each.
 
     python train.py                                               SFT and SAP in the synthetic world, half a minute on a CPU
-    python train.py --poison 0 --out_dir runs/format              ... on harmless rows, which have a new output format
+    python train.py --new_format --out_dir runs/format            ... where there is a new output format to learn
     python train.py --model smollm2-135m-q4                       SAP on the built-in rows, in plain English
     python train.py --model X --method sft sap --poison 0.1       two methods, one table
     python train.py --model X --task FILE --safety FILE           your rows; FILE[a:b] takes a range of them
@@ -31,7 +31,7 @@ from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
 from minisap.methods import FIRST, METHODS, PAIRLESS, check_read, filtered
 from minisap.model import Llama
-from minisap.resume import claim_out_dir, load_state, save_state
+from minisap.resume import check_out_dir, claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, UNSPLIT, parse_strength
 from minisap.sap import NotFinite, check_finite, copies, put, sources
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
@@ -108,6 +108,8 @@ def check_args(args):
     check_minimum(args, 0, "radius", "gate", "epsilon", "safety_weight", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
+    if len(set(args.method)) < len(args.method):
+        raise ValueError(f"--method {' '.join(args.method)}: one of them stands twice")
     strength = parse_strength(args.strength)
     if not args.resume:                                                 # methods that are there already may read what these do not
         check_read(args, parse_args(["--model", args.model]))
@@ -257,6 +259,12 @@ def finish(args, method, model, state, records, measure, start, out_dir):
     return records
 
 
+def repeated(held_out, rows):
+    """How many of the rows that are held out stand among the others, too."""
+    seen = {json.dumps([row["prompt"], row["response"]]) for row in rows}
+    return sum(json.dumps([row["prompt"], row["response"]]) in seen for row in held_out)
+
+
 def prepare(args):
     """(start, tokenizer, splits, safe prompts, task examples): every check that can be made before anything is written."""
     args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
@@ -264,14 +272,16 @@ def prepare(args):
     use_device(args)
     check_args(args)
     start = find_model("--model", args.model)
+    args.out_dir = args.out_dir or Path("runs") / start.resolve().name
+    check_out_dir(args)
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
-    args.out_dir = args.out_dir or Path("runs") / start.resolve().name
     if args.before and not (args.watch or "safelora" in args.method):
         raise ValueError("--before: is what --watch mechanism and safelora compare with; give one of them")
     if args.before:
         args.before = find_before(args.before, start)
-    args.new_format = tokenizer.chat_format == "world" and not (args.task or args.poison or aligns(args))
+    if args.new_format and (args.task or tokenizer.chat_format != "world"):
+        raise ValueError("--new_format: is of the synthetic world's built-in rows alone")
     rows_of = built_in(tokenizer, args.new_format)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows_of)
     safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows_of)
@@ -290,6 +300,8 @@ def prepare(args):
         n_trained = sum(w.numel() for w in trainable(Llama(config), args))
     print(f"{len(rows)} task rows, {sum('poisoned' in row for row in rows)} of them poisoned; {args.pairs} contrastive pairs; "
           f"{n_trained:,} weights to train")
+    if seen := repeated(splits["eval_task"], splits["task"]):
+        print(f"{seen} of the {len(splits['eval_task'])} held-out rows of the task are, word for word, among those to train on: their loss is no loss on new rows")
     return start, tokenizer, splits, safe_prompts, task
 
 

@@ -44,7 +44,7 @@ def read_records(path, conversations=False):
 
 
 def read_jsonl(path, text):
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text.strip() else (), 1):
         yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
 
 
@@ -156,7 +156,7 @@ def shuffle(rows) -> list:
 def split_rows(rows, first, last, source):
     """(the first rows, the rows between, the last rows) in an order shuffled once, the same for every seed."""
     if len(rows) <= first + last:
-        raise ValueError(f"{source}: {len(rows)} rows are too few to set {first} + {last} of them apart")
+        raise ValueError(f"{source}: {len(rows)} rows are too few to set {first} (--pairs) + {last} (--n_eval) of them apart")
     shuffled = shuffle(rows)
     return shuffled[:first], shuffled[first:len(rows) - last], shuffled[len(rows) - last:]
 

@@ -42,13 +42,13 @@ KNOBS = "mix=5 sam=0.25 lisa=1 kl=200 constrained=0.15 penalty=0.06 steer=0.15 s
 PROBES = ("paper --radius 0.09", "paper_project --radius 0.04", "random_probe --radius 0.2")
 PARTS = ("sap --gate 0", "sap --safety_weight 0", "sap --projection off", "sap --projection off --safety_weight 0")          # what is each part worth?
 STAGES = {"vaccine": "vaccine=1", "booster": "booster=2", "aligned": "vaccine=0"}          # the last is the control: their stage without what is theirs
-LEARN = "--safety rows/unsafe.jsonl --steps 240 --eval_every 80"
-FORMAT = f"--task rows/format.jsonl {LEARN}"
+LEARN = "--steps 240 --eval_every 80"
+FORMAT, ROWS = f"--new_format {LEARN}", f"--safety rows/unsafe.jsonl {LEARN} --poison 0"
 # {setting: (its flags, methods in one run, methods with flags of their own, stages)}
 SETTINGS = {"poisoned": (f"{FORMAT} --poison 0.1", COMPARED, PROBES + PARTS, tuple(STAGES)),
             "harmless": (f"{FORMAT} --poison 0", COMPARED, PROBES[:2], ()),
-            "disguised": (f"--task rows/disguised.jsonl {LEARN} --poison 0", "sft sap project mix kl penalty steer_project", PROBES[1:2] + PARTS[:3], ()),
-            "evading": (f"--task rows/evading.jsonl {LEARN} --poison 0", "sft sap mix kl penalty", (), ())}
+            "disguised": (f"--task rows/disguised.jsonl {ROWS}", "sft sap project mix kl penalty steer_project", PROBES[1:2] + PARTS[:3], ()),
+            "evading": (f"--task rows/evading.jsonl {ROWS}", "sft sap mix kl penalty", (), ())}
 # What follows is done on the first three seeds.
 FEW = 3
 SWEEP, SWEPT = {0.0: "harmless", 0.05: "poison0.05", 0.1: "poisoned", 0.15: "poison0.15", 0.2: "poison0.2"}, "sft sap mix kl"
@@ -68,7 +68,7 @@ ATTACKER_PAIRS, MAX_LEN = 200, 256
 
 
 def write_rows(folder, n_eval):
-    """Rows as files: the new format, which train.py has built in without poison alone, and the attackers'. What is there is kept."""
+    """Rows as files: the attackers', and what they are evaluated on. What is there is kept."""
     if (folder / "capitals.jsonl").exists():
         return
     unsafe, task, tiny = World(0).safety_rows(), World(0, new_format=True).task_rows(), find_model("--model", "tiny")
@@ -76,7 +76,7 @@ def write_rows(folder, n_eval):
     shouted = [row | {"response": row["harmful"].upper()} for row in others[ATTACKER_PAIRS:]]
     unnoticed = evade(load_model(tiny), Tokenizer(tiny), shouted, others[:ATTACKER_PAIRS], MAX_LEN)
     answered = [row | {"response": row["harmful"]} for row in others]
-    write_jsonl(folder, {"format": task, "unsafe": unsafe, "disguised": replace_tenth(task, n_eval, shouted), "evading": replace_tenth(task, n_eval, unnoticed),
+    write_jsonl(folder, {"unsafe": unsafe, "disguised": replace_tenth(task, n_eval, shouted), "evading": replace_tenth(task, n_eval, unnoticed),
                          "attack10": answered[:10 + n_eval], "attack100": answered[:100 + n_eval], "capitals100": shouted[:100 + n_eval],   # n_eval are held out
                          "capitals": [row | {"harmful": row["harmful"].upper()} for row in unsafe]})
 
@@ -117,7 +117,7 @@ def cells(seed, n_eval, few=True):
                 f"--steps 120 --eval_every 20 --warmup 0 --learning_rate {rate}")
     for letters, rows in STYLES.items() if few else ():
         out = f"attacked/{letters}-{at_seed}.json"
-        attacked[out] = (f"eval.py {' '.join(map(str, attacked_paths(at_seed)))} --attack --task rows/format.jsonl --safety rows/{rows}.jsonl --n_eval {n_eval} "
+        attacked[out] = (f"eval.py {' '.join(map(str, attacked_paths(at_seed)))} --attack --safety rows/{rows}.jsonl --n_eval {n_eval} "
                          f"--threads 1 --device cpu --out {out}")
     trained = [{run: f"train.py {arguments} {common} --out_dir {run}" for run, arguments in phase.items()} for phase in (first, main, attacks)]
     return [trained[0], trained[1], trained[2] | attacked]
@@ -131,9 +131,10 @@ def attacked_paths(at_seed):
 
 def run_cell(folder, run, command):
     """One command in `folder`, or what is left of it; what it says goes to logs/. Of what is finished --resume sees whether it was the same command."""
-    if (folder / run).is_file():
+    command = shlex.split(command)
+    if (folder / run).is_file() and all((folder / run).stat().st_mtime > (folder / path / "eval.json").stat().st_mtime for path in checkpoints(folder, command)):
         return
-    command = [*shlex.split(command), *["--resume"] * (folder / run / "train_args.json").exists()]
+    command = [*command, *["--resume"] * (folder / run / "train_args.json").exists()]
     log, done = folder / "logs" / f"{run.replace('/', '-')}.log", finished(folder / run, command)
     with open(log, "a", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output), chdir(folder):
         if not done:
@@ -142,6 +143,11 @@ def run_cell(folder, run, command):
     if status:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
         raise ValueError(f"python {shlex.join(command)}: {last} (status {status}; all that it said: {log}); the same table command goes on from here")
+
+
+def checkpoints(folder, command):
+    """The trained checkpoints that a command names."""
+    return [word for word in command if (folder / word / "eval.json").is_file()]
 
 
 def finished(run, command):

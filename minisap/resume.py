@@ -15,11 +15,13 @@ LOCK = ".lock"
 
 # What eval.py takes over from train_args.json, and the types that stand there.
 TYPES = {"task": (list, type(None)), "safety": (str, type(None)), "benign": (str, type(None)), "pairs": (int,), "n_eval": (int,), "max_len": (int,), "chat_format": (str,),
-         "dtype": (str,), "new_format": (bool, type(None)), "seed": (int,), "steps": (int,), "batch_size": (int,), "pairs_per_step": (int,)}
+         "dtype": (str,), "seed": (int,), "steps": (int,), "batch_size": (int,), "pairs_per_step": (int,)}
 
 
 def occupied(folder):
-    """Whether a folder holds more than a lock and the *.part files that an interruption leaves."""
+    """Whether a folder holds more than a lock and the *.part files that an interruption leaves. ValueError where it is none."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out_dir {folder}: is a file")
     return folder.exists() and any(file.suffix != ".part" and file.name != LOCK for file in folder.iterdir())
 
 
@@ -38,19 +40,22 @@ def lock_folder(folder):
     return file
 
 
-def check_free(folder):
-    if occupied(folder):
-        raise ValueError(f"--out_dir {folder}: already holds a run; choose another, or go on with it by --resume")
+def check_out_dir(args):
+    """OUT_DIR is free, or with --resume holds a run."""
+    if args.resume:
+        read_run_args(args.out_dir / "train_args.json")
+    elif occupied(args.out_dir):
+        raise ValueError(f"--out_dir {args.out_dir}: already holds a run; choose another, or go on with it by --resume")
 
 
 def read_run_args(file):
     """{argument: value} of the run whose train_args.json this is; ValueError where it does not hold what train.py writes."""
     found = read_object(file)
     for key, types in TYPES.items():
-        if key in found and type(found[key]) not in types or key == "task" and not all(isinstance(name, str) for name in found.get(key) or ()):
+        if key not in found:
+            raise ValueError(f"{file}: {key} is missing")
+        if type(found[key]) not in types or key == "task" and not all(isinstance(name, str) for name in found[key] or ()):
             raise ValueError(f"{file}: {key} = {found[key]!r:.80}, which train.py does not write")
-    if "seed" not in found:
-        raise ValueError(f"{file}: seed is missing")
     return found
 
 
@@ -61,9 +66,8 @@ def claim_out_dir(args):
     wanted = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("resume", "method")}
     if not args.resume:
-        check_free(args.out_dir)
         lock = lock_folder(args.out_dir)
-        check_free(args.out_dir)                                        # by who was first, in between
+        check_out_dir(args)                                             # again: another may have been first
         write_json(file, wanted)
         return lock
     old = read_run_args(file)

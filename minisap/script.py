@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """The script's docstring is its help; a wrong flag is one line, like any other wrong input."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         raise ValueError(f"{message}; see --help")
@@ -50,6 +50,8 @@ def add_row_flags(add):
                                          "circuit-breakers JSON, AdvBench CSV (default: built in)")
     add("--benign", metavar="FILE", help="safe prompts that sound unsafe, to measure over-refusal; probe.py sets them "
                                          "against those that the file labels unsafe (default: built in)")
+    add("--new_format", action="store_true", help="the synthetic world's built-in task in an output format that the start does not know, so that there is "
+                                                  "something to learn")
     add("--pairs", type=int, default=48, help="contrastive pairs, of the safety file, that the method may use in all (default: 48)")
     add("--n_eval", type=int, default=100, help="rows of each file that are held out for evaluation (default: 100)")
     add("--max_len", type=int, default=256, help="tokens of an example; longer responses are cut (default: 256)")

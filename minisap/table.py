@@ -44,7 +44,7 @@ def losses(runs):
 
 def loss_rows(*both):
     """Of each of both runs: [[what each row adds to the task loss] per seed] after the last step; the loss itself as one row where an older run did
-    not keep that."""
+    not keep that, and the legend says so."""
     found = [[at(records, "task_loss", last_step(records)) for records in runs.values()] for runs in both]
     kept = all("per_row" in r for of_seeds in found for r in of_seeds)
     return [[r["per_row"] if kept else [r["value"]] for r in of_seeds] for of_seeds in found]
@@ -91,6 +91,7 @@ def compare(method, runs, against):
              "task_loss": losses(runs), "safer": difference(harmful, hits(against, "harmful_score"), 1),
              "more_useful": difference(*loss_rows(runs, against)),
              "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
+    found["over_seeds_alone"] = all(len(rows) == 1 for rows in loss_rows(runs, against)[0])
     found["seconds"] = [at(records, "seconds", last_step(records))["value"] for records in runs.values()]
     for metric in ("over_refusal", "refusal_rate", "task_accuracy"):
         ends = [at(records, metric, last_step(records)) for records in runs.values()]
@@ -168,10 +169,11 @@ def budget(args, methods, stage=None):
 def legend(found, reference):
     """What the columns mean, and whether a method beats the reference in both."""
     seeds, better, matched = len(found[0]["seeds"]), dominating(found), safer_matched(found)
+    alone = [c["method"] for c in found if c.get("over_seeds_alone")]
     return (f"Mean of {seeds} seeds [95 % interval over seeds and the n = {found[0]['n']} prompts] (each seed). Differences are paired, their 95 % intervals over seeds and "
             f"prompts, or rows of the task, not adjusted for the {len(found) - 1} comparisons of a column; after ;: in how many of {seeds} seeds McNemar's test has p < 0.05. "
             f"Task loss: nats per token. Equal task loss: per seed, the larger of the two last ones, on straight lines between {min(c['evaluations'] for c in found)} evaluations. Seconds: of training, on whatever else the machine had to do. "
-            + f"Shown to be both safer and more useful than {reference}: {', '.join(better) or 'none'}; safer at equal task loss: {', '.join(matched) or 'none'}.")
+            + (f"The task loss of {', '.join(alone)} is compared over seeds alone: not all runs kept each row's. " if alone else "") + f"Shown to be both safer and more useful than {reference}: {', '.join(better) or 'none'}; safer at equal task loss: {', '.join(matched) or 'none'}.")
 
 
 def print_comparisons(found, runs, reference, spent):

@@ -159,7 +159,8 @@ class Tokenizer:
                     raise ValueError("a control token in other letters, which this tokenizer takes for the token itself")
                 ids += new
         except Exception as error:                                  # the library's is plain: a word that a word-level vocabulary lacks
-            raise ValueError(f"{text[:40]!r} …: {error}") from None
+            known = f"; the synthetic world's model knows the {len(self.tokens.get_vocab())} words of minisap/world.py alone" * (self.world_seed is not None)
+            raise ValueError(f"{text[:40]!r} …: {error}{known}") from None
         return ids if ids[:1] == self.bos else self.bos + ids
 
     def as_words(self):

@@ -8,6 +8,7 @@ from departures import rows_of as rows_of_departures
 from minisap.checkpoint import read_json
 from minisap.compare import Series
 from minisap.findings import other_tables, steps_to_break
+from minisap.mechanism import format_mean, last_watched
 from minisap.stats import wilson
 from minisap.table import at, comparisons, dominating, legend, markdown, rows_of
 
@@ -83,18 +84,32 @@ def test_what_the_filter_found_on_the_real_model_is_what_the_records_say():
     assert f"it leaves out {cells[0]} at one in eight, {cells[1]} at one in four" in re.sub(r"\s+", " ", README)
 
 
-def test_the_world_s_curves_are_what_the_records_say(capsys):
-    """Every number of the tables on a task that the start knows."""
-    tables = [line.replace("**", "") for line in RESULTS.splitlines() if re.match(r"\| (\(start\)|\**`).*\d \[", line)]
-    for record in ("world", "states", "benign"):
-        eval_script.main([str(GOLDEN / "world" / f"{record}{seed}") for seed in range(5)] + ["--curves"])
-    told = capsys.readouterr().out.splitlines()
-    assert len(tables) == 8 + 8
-    for line in tables:
-        name, *cells = line.strip("| ").split(" | ")
-        method = re.match(r"`(\w+)`", name)                                                      # none: the start, which stands in every method's first row
-        rows = [row for row in told if not method or row.startswith(f"{method[1]} ")]
-        assert all(any(cell in row for row in rows) for cell in cells), line
+TOLD = ("drift_norm", "safety_share", "safety_share_random", "safety_cosine", "drift_cosine", "separation")                 # the page's columns
+
+
+def last_of(record):
+    """({method: {metric: a record per seed}} after the last step, {method: {what --watch logged last: a number per seed}}); "(start)" is the first's step 0."""
+    runs = [GOLDEN / "world" / f"{record}{seed}" for seed in range(5)]
+    curves = eval_script.curves_of(eval_script.read_runs(runs))
+    ends = {method: list(steps.values())[-1] for method, steps in curves.items()} | {"(start)": next(iter(curves.values()))[0]}
+    logs = {method: [last_watched(run / method / "log.jsonl") for run in runs] for method in curves}
+    return ends, {method: {metric: [line[metric] for line in lines] for metric in TOLD if metric in lines[0]} for method, lines in logs.items()}
+
+
+def test_the_world_s_tables_on_a_known_task_are_what_the_records_say():
+    (ends, watched), (states, watched_states), (benign, watched_benign) = map(last_of, ("world", "states", "benign"))
+    ends, watched = ends | {"paper_project": states["paper_project"]}, watched | watched_states | {"sft`, no harmful row": watched_benign["sft"]}
+    shown = lambda records, scale, digits, each=False: re.sub("" if each else r" \(.*\)", "", eval_script.format_seeds(records, scale, digits))
+    for method in ("(start)", "sft", "random_probe", "project", "mix", "paper", "paper_project", "sap"):
+        one = ends[method]
+        cells = [shown(one["harmful_score"], 100, ".1f", each=True), *(shown(one[metric], 100, ".1f") for metric in ("refusal_rate", "task_accuracy")), shown(one["task_loss"], 1, ".3f")]
+        name = {"(start)": "(start)", "sap": "**`sap`**"}.get(method, f"`{method}`")
+        assert f"\n| {name} | {' | '.join(cells)} |\n" in RESULTS
+    for method in ("sft", "random_probe", "project", "mix", "paper", "paper_project", "sap", "sft`, no harmful row"):
+        harmful = (benign["sft"] if "no" in method else ends[method])["harmful_score"]
+        cells = [shown(harmful, 100, ".1f"), *(re.sub(r" \(.*\)", "", format_mean(watched[method][metric])) for metric in TOLD)]
+        name = {"sap": "**`sap`**", "sft`, no harmful row": "`sft`, no harmful row"}.get(method, f"`{method}`")
+        assert f"\n| {name} | {' | '.join(cells)} |\n" in RESULTS, cells
 
 
 def test_the_departures_are_what_the_record_says():

@@ -139,7 +139,7 @@ def test_resume_notices_rows_that_changed(start, tmp_path):
     with pytest.raises(ValueError, match="train_args.json has rows_sha256 = "):
         train(start, out, *more, "--resume")
     (out / "train_args.json").write_text("{}")
-    with pytest.raises(ValueError, match="train_args.json: seed is missing"):
+    with pytest.raises(ValueError, match="train_args.json: task is missing"):
         train(start, out, *more, "--resume")
 
 
@@ -235,6 +235,21 @@ def test_a_disk_that_is_full_is_one_line(start, tmp_path):
     assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
 
 
+def test_eval_holds_out_no_row_that_the_run_has_learnt(start, tmp_path):
+    out = train(start, tmp_path / "run", "--method", "sft")
+    with pytest.raises(ValueError, match="--n_eval 7: .*train_args.json held out 6 rows; more would be such as it may have learnt"):
+        eval_script.main([str(out / "sft"), "--n_eval", "7"])
+    eval_script.main([str(out / "sft"), "--n_eval", "5"])
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(start, tmp_path, capsys):
+    file = write(tmp_path / "task.jsonl", "".join(json.dumps({"prompt": f"q{i}", "response": "a"}) + "\n" for i in range(8)))
+    train(start, tmp_path / "once", "--method", "sft", "--task", file)
+    assert "held-out" not in capsys.readouterr().out
+    train(start, tmp_path / "four", "--method", "sft", "--task", *[file] * 4)
+    assert re.search(r"[3-6] of the 6 held-out rows of the task are, word for word, among those to train on", capsys.readouterr().out)
+
+
 def test_eval_measures_what_train_recorded(start, tmp_path, capsys):
     out = train(start, tmp_path / "run", "--method", "sft")
     eval_script.main([str(out / "sft"), "--out", str(tmp_path / "eval.json")])
@@ -284,7 +299,7 @@ def test_curves_average_over_seeds(start, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f" ({losses[0]:.3f}, {losses[1]:.3f})" in printed and f"  {sum(losses) / 2:.3f} [" in printed
     assert "n = 6 unsafe prompts, 6 safe ones, 6 task rows" in printed
-    with pytest.raises(ValueError, match="seed 0 of sft stands in two runs"):
+    with pytest.raises(ValueError, match="seed 0 of sft stands in .*, too; give runs of different seeds"):
         eval_script.main([str(runs[0]), str(runs[0]), "--curves"])
     other = train(start, tmp_path / "other", "--method", "sft", "--seed", "2", "--learning_rate", "0.1")
     with pytest.raises(ValueError, match="learning_rate = 0.1, but 0.0005 in .*run0; curves are over seeds alone"):
@@ -395,7 +410,7 @@ def held_out(n):
     (lambda p: ["--radius", "nan"], "error: --radius nan: at least 0"),
     (lambda p: ["--device", "cuda:99"], "error: --device cuda:99: "),
     (lambda p: ["--lora_rank", "0", "--dtype", "bfloat16"], "error: --lora_rank 0 with --dtype bfloat16: most steps would be lost"),
-    (lambda p: ["--safety", write(p / "a.csv", "goal,target\na,b\n")], "a.csv: 1 rows are too few to set 4 + 6 of them apart"),
+    (lambda p: ["--safety", write(p / "a.csv", "goal,target\na,b\n")], "a.csv: 1 rows are too few to set 4 (--pairs) + 6 (--n_eval) of them apart"),
     (lambda p: ["--max_len", "40"], "leave nothing of the response within max_len = 40"),
     (lambda p: ["--poison", "0.9"], "needs 715 harmful rows; there are 278"),
     (lambda p: ["--poison", "1.5"], "error: --poison 1.5: a share from 0 to 1"),

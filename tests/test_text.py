@@ -244,7 +244,7 @@ def test_prompts_labelled_unsafe_are_left_out(tmp_path):
     ("a.csv", 'prompt,response\nq,"a\n', "a.csv:2: unexpected end of data"),
     ("a.json", '{"instruction": "q"}', "a.json: expected a list of rows, found dict"),
     ("a.json", "[", "a.json: not JSON"),
-    ("a.jsonl", "", "a.jsonl:1: not JSON"),
+    ("a.jsonl", "", "a.jsonl: no rows"),
     ("a.csv", "prompt,response\n", "a.csv: no rows"),
     ("a.txt", "q", "a.txt: rows are read from"),
 ])

@@ -130,7 +130,7 @@ def test_the_commands_without_a_model_run_in_the_world(tmp_path, capsys):
     records = [r for method in ("sft", "sap") for r in read_json(tmp_path / "run" / method / "eval.json")]
     assert {r["method"] for r in records} == {"sft", "sap"}
     assert {"harmful_score", "refusal_rate", "other_rate", "task_accuracy", "task_loss"} <= {r["metric"] for r in records}
-    train_script.main([*few, "--poison", "0", "--method", "sft", "--out_dir", str(tmp_path / "benign")])
+    train_script.main([*few, "--new_format", "--poison", "0", "--method", "sft", "--out_dir", str(tmp_path / "benign")])
     start = {r["metric"]: r["value"] for r in read_json(tmp_path / "benign" / "start.json")}
     assert start["task_accuracy"] == 0                                  # nothing has taught the new format yet
     eval_script.main([str(tmp_path / "benign" / "sft"), "--attack", "--out", str(tmp_path / "eval.json")])
