@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
     # machine
     add_machine_flags(add)
-    add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, and compute the rest anew there: the same numbers, "
+    add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, of the head no logits, and compute the rest anew there: the same numbers, "
                                                      "with less memory, in more time")
     # SAP
     add("--gate", type=float, default=0.5, help="sap leaves out of a batch the rows whose loss falls along ĝ faster than this share of how fast "
@@ -255,7 +255,6 @@ def finish(args, method, model, state, records, measure, start, out_dir):
     save_model(model, out_dir, start)
     name_chat_format(out_dir, args.chat_format)
     write_json(out_dir / "eval.json", records)
-    shutil.rmtree(out_dir / "state")                                    # all is done: nothing is left to resume
     return records
 
 
@@ -331,6 +330,8 @@ def fine_tune(args, start, tokenizer, splits, safe_prompts, task):
             done = out_dir / "eval.json"
             records += read_measured(done) if done.exists() else train(args, method, start, task, pairs, measure, watch_of, out_dir)
             parallel.wait()                                             # what the lead has written is there for all
+            if parallel.leads():
+                shutil.rmtree(out_dir / "state", ignore_errors=True)    # all is done: nothing is left to resume
     return records
 
 

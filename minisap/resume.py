@@ -90,6 +90,8 @@ def load_state(out_dir, W, optimizer):
     """(state, records) as saved, W and the optimizer put back, the log cut to the steps they hold; or a fresh beginning."""
     file = out_dir / "state" / "state.pt"
     out_dir.mkdir(exist_ok=True)
+    for litter in out_dir.rglob(".tmp*"):                               # of a process that was killed while safetensors wrote
+        litter.unlink()
     if not file.exists():
         if parallel.leads():
             (out_dir / "log.jsonl").unlink(missing_ok=True)

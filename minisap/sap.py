@@ -16,11 +16,15 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from minisap import parallel
 from minisap.data import collate, collate_pairs
 from minisap.model import widen
+
+
+HEAD_TOKENS = 1024
 
 
 class NotFinite(ArithmeticError):
@@ -42,10 +46,18 @@ def token_nll(model, batch, probe=None, hidden=None):
     x = model.model(part["input_ids"], probe, part.get("positions"), part.get("mask"), hidden=hidden)          # (B, T, D)
     rows, columns = (part["labels"][:, 1:] != -100).nonzero(as_tuple=True)
     before = part["before"][rows, columns + 1] if "before" in part else columns
-    logits = model.lm_head(x[rows, before])                                         # (N, V): only where a label is
-    nll = F.cross_entropy(widen(logits), part["labels"][rows, columns + 1], reduction="none")
+    nll = head_nll(model, x[rows, before], part["labels"][rows, columns + 1])       # only where a label is
     rows, columns = labelled.nonzero(as_tuple=True)
     return parallel.gathered(nll, labelled), rows, columns + 1
+
+
+def head_nll(model, x, targets):
+    """Nats of every target (N,), predicted from the hidden states x (N, D). With --checkpointing the logits of HEAD_TOKENS tokens at a time are all that there
+    is of them, in the backward pass, too."""
+    nats = lambda x, targets: F.cross_entropy(widen(model.lm_head(x)), targets, reduction="none")                 # by logits (N, V)
+    if not (model.model.checkpointing and torch.is_grad_enabled()):
+        return nats(x, targets)
+    return torch.cat([checkpoint(nats, *part, use_reentrant=False) for part in zip(x.split(HEAD_TOKENS), targets.split(HEAD_TOKENS))])
 
 
 def response_nll(model, batch, probe=None, hidden=None):

@@ -16,7 +16,6 @@ import signal
 import struct
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -33,12 +32,12 @@ CONFIG = BASE | {"vocab_size": VOCAB_SIZE, "intermediate_size": 32, "hidden_size
 FAST = ["--steps", "2", "--n_eval", "2", "--batch_size", "2", "--pairs_per_step", "2", "--pairs", "2", "--save_every", "1", "--threads", "1", "--max_len", "96"]
 ROWS = {"--task": "task.jsonl", "--safety": "safety.csv", "--benign": "benign.csv"}
 # Values that stand where others were meant.
-STRANGE = [None, True, -1, 0, 1, 2**31, 10**30, 1e308, float("nan"), 0.5, "", "\x00", "\ud800", "../../outside", "/etc/passwd", "a" * 5000, [], {}, [[]], {"a": {}}]
+STRANGE = [None, True, -1, 0, 1, 10**6, 2**31, 10**30, 1e308, float("nan"), 0.5, "", "\x00", "\ud800", "../../outside", "/etc/passwd", "a" * 5000, [], {}, [[]], {"a": {}}]
 
 
-def training(**files):
+def training(more=(), **files):
     rows = [part for flag, file in (ROWS | {f"--{flag}": file for flag, file in files.items() if flag != "model"}).items() for part in (flag, file)]
-    return lambda: train_script.main(["--model", files.get("model", "start"), "--method", "mix", "--out_dir", "out", *FAST, *rows])
+    return lambda: train_script.main(["--model", files.get("model", "start"), "--method", "mix", "--out_dir", "out", *FAST, *rows, *more])
 
 
 def resuming():
@@ -52,8 +51,8 @@ SUBJECTS = {
     "task.jsonl": training(), "task.json": training(task="task.json"), "chats.jsonl": training(task="chats.jsonl"),
     "safety.csv": training(), "safety.json": training(safety="safety.json"), "safety.jsonl": training(safety="safety.jsonl"), "benign.csv": training(),
     "run/train_args.json": resuming, "run/start.json": resuming, "run/pairs.json": resuming, "run/mix/state/state.pt": resuming, "run/mix/log.jsonl": resuming,
-    "done/mix/eval.json": lambda: eval_script.main(["--table", "done", "--against", "mix", "--out_dir", "out"]), "done/train_args.json": lambda: eval_script.main(["done/mix", "--n_eval", "2"]),
-    "done/mix/adapter/adapter_config.json": lambda: eval_script.main(["done/mix", "--n_eval", "2"]),
+    "done/mix/eval.json": lambda: eval_script.main(["--table", "done", "other", "--against", "mix", "--out_dir", "out"]), "done/train_args.json": lambda: eval_script.main(["done/mix", "--n_eval", "2"]),
+    "done/start.json": lambda: eval_script.main(["done", "other", "--curves"]),
 }
 
 
@@ -84,8 +83,9 @@ def write_runs(folder):
     except KeyboardInterrupt:
         os.rename("out", "run")
     train_script.finish = real
-    training()()
-    os.rename("out", "done")
+    for name, more in (("done", []), ("other", ["--seed", "1"])):
+        training(more)()
+        os.rename("out", name)
     os.chdir(here)
 
 
@@ -181,8 +181,8 @@ def listing(folder):
 
 
 def attempt(command, folder):
-    """(status, what it said, seconds, bytes more than before) of a command in a process of its own, at work in `folder`."""
-    began, resident = time.perf_counter(), int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """(status, what it said, bytes more than before) of a command in a process of its own, at work in `folder`."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     child = os.fork()
     if not child:
         try:
@@ -190,7 +190,8 @@ def attempt(command, folder):
             told = os.open("told", os.O_CREAT | os.O_WRONLY)
             os.dup2(told, 1)
             os.dup2(told, 2)
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)                    # of CPU time, so that a busy machine is not taken for a hang;
+            signal.alarm(6 * SECONDS)                                        # which need not take any
             run(command)
             sys.stdout.flush()
             os._exit(0)
@@ -203,15 +204,15 @@ def attempt(command, folder):
             sys.stderr.flush()
             os._exit(1)
     _, status, used = os.wait4(child, 0)
-    return (os.waitstatus_to_exitcode(status), (folder / "told").read_text(errors="replace"), time.perf_counter() - began, used.ru_maxrss * 1024 - resident)
+    return (os.waitstatus_to_exitcode(status), (folder / "told").read_text(errors="replace"), used.ru_maxrss * 1024 - resident)
 
 
-def judge(status, told, seconds, more, size, name, folder):
+def judge(status, told, more, size, name):
     """What is wrong with how a command ended; "" where nothing is."""
+    if status in (-signal.SIGPROF, -signal.SIGALRM):
+        return "too slow"
     if "Traceback" in told or status not in (0, 2, 3):
         return f"status {status}"
-    if seconds > SECONDS:
-        return f"{seconds:.0f} s"
     if more > 2 * size + ROOM:
         return f"{more / 2**20:.0f} MiB"
     if status == 0:
@@ -239,8 +240,8 @@ def campaign(n, seed, keep=None):
                 data = damage((folder / name).read_bytes(), name, random.Random(f"{seed} {i}"))
                 (folder / name).write_bytes(data)
                 before = listing(Path(outer))
-                status, told, seconds, more = attempt(command, folder)
-                wrong = judge(status, told, seconds, more, len(data), name, folder) or ("writes elsewhere" if listing(Path(outer)) != before else "")
+                status, told, more = attempt(command, folder)
+                wrong = judge(status, told, more, len(data), name) or ("writes elsewhere" if listing(Path(outer)) != before else "")
                 results.append({"file": name, "i": i, "status": status, "wrong": wrong, "said": told.splitlines()[-1][:300] if told else ""})
                 if wrong and keep:
                     keep.mkdir(exist_ok=True)

@@ -426,6 +426,22 @@ def test_checkpointing_changes_no_bit(world):
     assert all(torch.equal(a, b) for a, b in zip(everything(), plain)) and kept() < before / 2
 
 
+def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(world, monkeypatch):
+    """To rounding, double derivative included; the largest thing that is kept is not the logits."""
+    model, W, batch, pairs = world
+    derivatives = lambda: [*gradient(model, W, batch), *probe_gradient(model, W, g_hat_of(world), batch, LAYERS)[0].values()]
+    plain = derivatives()
+    model.model.checkpointing = True
+    monkeypatch.setattr(sap, "HEAD_TOKENS", 2)
+    for a, b in zip(derivatives(), plain, strict=True):
+        torch.testing.assert_close(a, b)
+    largest = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
+        useful_loss(model, batch)
+    labels = (batch["labels"] != -100).sum().item()
+    assert max(largest) < labels * model.config.vocab_size
+
+
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])

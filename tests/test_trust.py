@@ -1,0 +1,65 @@
+"""A run on a shared machine, fed with files from strangers: killed, cut off at any of its writes, and given damaged input."""
+import collections
+import shutil
+
+import pytest
+
+import train as train_script
+from fuzz import SUBJECTS, campaign
+from kill import FEW, results, write_rows
+from kill import campaign as killings
+from minisap import checkpoint, resume
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
+    """25 times, wherever in the run of every method that may be."""
+    killed, wrong = killings(25, 0, tmp_path)
+    assert sum(killed.values()) == 25 and len(+collections.Counter(killed)) > 5 and not wrong
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL, which nothing catches."""
+
+
+def test_a_run_that_ends_at_any_of_its_writes_goes_on(tmp_path, monkeypatch):
+    """Whichever file is on its way: written under another name, and not yet, or just, given its own."""
+    write_rows(tmp_path)
+    arguments = ["--method", "sap", *FEW, "--task", str(tmp_path / "task.jsonl"), "--safety", str(tmp_path / "safety.jsonl")]
+    train = lambda out_dir, *more: train_script.main([*arguments, "--out_dir", str(out_dir), *more])
+    train(tmp_path / "whole")
+    whole, real = results(tmp_path / "whole"), checkpoint.write_whole
+    for after in (False, True):
+        write = 0
+        while True:
+            write, calls, out_dir = write + 1, [], tmp_path / f"{after}{write}"
+
+            def cut_off(path, writer):
+                calls.append(path)
+                if len(calls) < write:
+                    return real(path, writer)
+                if after:
+                    real(path, writer)
+                else:
+                    writer(path.with_name(path.name + ".part"))
+                raise Killed
+
+            for module in (checkpoint, resume):
+                monkeypatch.setattr(module, "write_whole", cut_off)
+            try:
+                train(out_dir)
+            except Killed:
+                pass
+            for module in (checkpoint, resume):
+                monkeypatch.setattr(module, "write_whole", real)
+            if len(calls) < write:
+                break
+            train(out_dir, *["--resume"] * (out_dir / "train_args.json").exists())
+            assert results(out_dir) == whole, calls[-1]
+            shutil.rmtree(out_dir)
+        assert write > 12
+
+
+def test_damaged_files_are_refused_by_one_line_that_names_them():
+    found = campaign(2 * len(SUBJECTS), 1)
+    assert not [r for r in found if r["wrong"]]
+    assert {r["status"] for r in found} >= {0, 2} and {r["file"] for r in found} == set(SUBJECTS)
