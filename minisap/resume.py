@@ -27,8 +27,11 @@ def occupied(folder):
 
 def lock_folder(folder):
     """Make the folder and lock it: until the file that is returned is closed, or its process ends, however. ValueError where another one holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / LOCK, "a+", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--out_dir {folder}: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,5 +1,6 @@
 """What every script shares: flags and their checks, how it ends when its input is wrong, how it draws."""
 import argparse
+import io
 import math
 import os
 import re
@@ -79,6 +80,9 @@ def run(main, interrupted="interrupted"):
     """Call main(). What is wrong with its input becomes one line on stderr and exit status 2, a number that is none status 3; Ctrl-C says `interrupted`."""
     rank = int(os.environ.get("RANK", 0))                               # of the processes of torchrun
     error_of = f"error (process {rank})" if rank else "error"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")                        # a terminal without a κ must not end a run
     try:
         main()
     except NotFinite as error:

@@ -1,6 +1,10 @@
 """A run on a shared machine, fed with files from strangers: killed, cut off at any of its writes, and given damaged input."""
 import collections
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +13,9 @@ from fuzz import SUBJECTS, campaign
 from kill import FEW, results, write_rows
 from kill import campaign as killings
 from minisap import checkpoint, resume
+from minisap.script import run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
@@ -63,3 +70,34 @@ def test_damaged_files_are_refused_by_one_line_that_names_them():
     found = campaign(2 * len(SUBJECTS), 1)
     assert not [r for r in found if r["wrong"]]
     assert {r["status"] for r in found} >= {0, 2} and {r["file"] for r in found} == set(SUBJECTS)
+
+
+LIMITED = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); sys.argv.pop(0); runpy.run_path('train.py', run_name='__main__')"
+
+
+def test_a_disk_that_is_full_ends_the_run_and_not_its_last_state(tmp_path):
+    """There is room for the state of LoRA, but not for the model that is written in the end."""
+    arguments = ["--method", "sap", *FEW, "--lora_rank", "2"]
+    done = subprocess.run([sys.executable, "-c", LIMITED, "train.py", *arguments, "--out_dir", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "run/sap/state/state.pt").exists() and not (tmp_path / "run/sap/model.safetensors").exists()
+    train_script.main([*arguments, "--out_dir", str(tmp_path / "run"), "--resume"])
+    train_script.main([*arguments, "--out_dir", str(tmp_path / "whole")])
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "/dev/null"])
+def test_where_nothing_can_be_written_is_one_line(place, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: train_script.main([*FEW, "--method", "sap", "--out_dir", place]))
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and place in line
+
+
+def test_a_terminal_without_utf_8_gets_the_table_all_the_same(tmp_path):
+    """It has a κ and an interval's dash."""
+    done = subprocess.run([sys.executable, "train.py", *FEW, "--method", "sap", "--out_dir", str(tmp_path / "run")], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert done.returncode == 0 and b"judge: the world's truth" in done.stdout, done.stderr
+    told = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert told.returncode == 0 and b"--safety_weight" in told.stdout, told.stderr
