@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class Hub(ThreadingHTTPServer):
     resumes = True
     redirect_to = None          # another server that has the files
     token = None                # required
+    stalls = 0                  # so many times it sends cut_after bytes and then nothing
     lie = None                  # replaces the content of files that it has a name for
 
     def __init__(self, files):
@@ -66,6 +68,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if self.server.stalls and not self.path.startswith("/api"):
+            self.server.stalls -= 1
+            self.wfile.write(data[:self.server.cut_after])
+            time.sleep(1.0)
+            return
         if self.server.cuts and len(data) > (self.server.cut_after or 0) and not self.path.startswith("/api"):
             self.server.cuts -= 1
             data = data[:self.server.cut_after]
@@ -108,6 +115,19 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub, tmp_path):
     ranges = [r for path, r, _ in hub.requests if path.endswith("model.safetensors")]
     assert ranges == [None, "bytes=10000-", "bytes=20000-", "bytes=30000-"]
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "source" / "model.safetensors").read_bytes()
+
+
+def test_a_server_that_falls_silent_is_left_and_asked_again(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(get, "TIMEOUT", 0.2)
+    hub.stalls, hub.cut_after = 2, 100
+    assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == (tmp_path / "source" / "model.safetensors").read_bytes()
+    assert hub.stalls == 0
+
+
+def test_a_list_without_end_is_refused(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(get, "MAX_LIST", 100)
+    with pytest.raises(ValueError, match="not a list of files"):
+        fetch(hub, tmp_path)
 
 
 def test_a_server_that_cannot_resume_is_read_from_the_start(hub, tmp_path):

@@ -77,11 +77,12 @@ def test_the_real_model_s_tables_are_what_the_records_say():
 
 
 def test_what_the_filter_found_on_the_real_model_is_what_the_records_say():
-    cells = []
-    for unit in ("p0.125", "p0.25"):
-        total = {key: sum(read_json(path)[key] for path in GOLDEN.glob(f"smollm2/{unit}-seed?/sap/filter.json")) for key in ("rows", "left_out", "poisoned", "poisoned_left_out")}
-        cells.append(f"{total['poisoned_left_out']} of {total['poisoned']} harmful rows and {total['left_out'] - total['poisoned_left_out']} of {total['rows'] - total['poisoned']} others")
-    assert f"it leaves out {cells[0]} at one in eight, {cells[1]} at one in four" in re.sub(r"\s+", " ", README)
+    totals = {unit: {key: sum(read_json(path)[key] for path in GOLDEN.glob(f"smollm2/{unit}-seed?/sap/filter.json"))
+                     for key in ("rows", "left_out", "poisoned", "poisoned_left_out")} for unit in ("p0.125", "p0.25", "p0", "identity")}
+    harmful = {unit: f"{t['poisoned_left_out']} of {t['poisoned']} harmful rows" for unit, t in totals.items()}
+    others = {unit: f"{t['left_out'] - t['poisoned_left_out']} of {t['rows'] - t['poisoned']}" for unit, t in totals.items()}
+    told = f"{harmful['p0.125']} and {others['p0.125']} others at one in eight, {harmful['p0.25']} and {others['p0.25']} others at one in four, {others['p0']} rows where none is harmful"
+    assert told in re.sub(r"\s+", " ", README) and totals["identity"]["left_out"] == 0
 
 
 TOLD = ("drift_norm", "safety_share", "safety_share_random", "safety_cosine", "drift_cosine", "separation")                 # the page's columns

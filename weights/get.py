@@ -60,6 +60,8 @@ SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.
 INDEX = "model.safetensors.index.json"
 TORCH_BIN = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 ATTEMPTS, CHUNK = 5, 1 << 20
+TIMEOUT = 60                                    # seconds without a byte, after which a connection counts as broken
+MAX_LIST = 1 << 24                              # bytes
 
 
 class KeepTokenOnHost(urllib.request.HTTPRedirectHandler):
@@ -81,7 +83,7 @@ def open_url(url, first_byte=0):
             raise ValueError("HF_TOKEN holds characters that no token has")         # http.client's own message would quote it
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        return urllib.request.build_opener(KeepTokenOnHost).open(request, timeout=60)
+        return urllib.request.build_opener(KeepTokenOnHost).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:
             raise
@@ -96,7 +98,7 @@ def list_files(repository, endpoint, revision="main"):
     url = f"{endpoint}/api/models/{repository}/tree/{revision}"
     try:
         with open_url(url) as response:
-            listing = response.read()
+            listing = response.read(MAX_LIST)
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{url}: {error}") from None
     try:
