@@ -78,14 +78,14 @@ def look_inside(args, model, splits, tokenizer):
 
 
 def plot_layers(rows, file):
-    labels = {"auroc": "linear probe, AUROC\nunsafe against safe", "task_cosine": "cos(∇W task, ∇W safety)",
-              "probe_cosine": "cos(∇V gap, ∇V task)", "gap_norm": "norm of ∇V gap", "effect": "effect of a probe of\nthe layer's own norm"}
+    labels = {"auroc": "linear probe, AUROC\nunsafe against safe", "task_cosine": "cos(∇_W L_useful, ∇_W L_safe)",
+              "probe_cosine": "cos(∇_V L_su, ∇_V L_useful)", "gap_norm": "norm of ∇_V L_su", "effect": "effect of a probe of\nthe layer's own norm"}
     figure, axes = pyplot().subplots(len(labels), sharex=True, figsize=(7, 8))
     for axis, (key, label) in zip(axes, labels.items()):
         axis.plot([row["layer"] for row in rows], [row[key] for row in rows], marker="o", markersize=3)
         axis.set_ylabel(label, fontsize=8)
         axis.axhline({"auroc": 0.5}.get(key, 0), color="grey", linewidth=0.5)
-    axes[-1].set_xlabel("layer")
+    axes[-1].set(xlabel="layer", xticks=[row["layer"] for row in rows][::max(1, len(rows) // 10)])
     figure.tight_layout()
     figure.savefig(file, dpi=150)
     print(f"written: {file}")

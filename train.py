@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import time
 from contextlib import nullcontext
@@ -43,21 +44,24 @@ WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_st
         "layers": "0,1", "radius": 0.1, "gate": 0.05, "safety_weight": 0.05, "threads": 1}
 
 
+# The first sentence of every method's docstring.
+METHODS_TOLD = "methods:\n" + "\n".join(f"  {name:14} {re.split(r'[.:](?: |$)', ' '.join(method.__doc__.split()))[0]}" for name, method in METHODS.items())
+
+
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    # what to train
+    parser = Parser(__doc__, epilog=METHODS_TOLD)
+    add = parser.group("what to train")
     add("--model", default="tiny", help="a checkpoint directory, or a name under weights/: see weights/get.py --list (default: tiny, "
         f"whose world has other defaults: {', '.join(f'--{key} {value}' for key, value in WORLD.items() if key != 'method')})")
     add("--method", nargs="+", choices=METHODS, default=["sap"], help="one or several, each from the same start (default: sap; in the world sft sap)")
     add("--out_dir", type=Path, help="run directory (default: runs/MODEL)")
     add("--resume", action="store_true", help="go on with the run in OUT_DIR (on a CPU, to the same bytes as without the "
                                               "interruption); more methods may join it")
-    # rows
+    add = parser.group("rows")
     add_row_flags(add)
     add("--poison", type=float,
         help="share of the task rows to replace by harmful ones (default: 0.1 of built-in rows; 0 of yours, and for alignment)")
-    # training
+    add = parser.group("training")
     add("--steps", type=int, default=60, help="(default: 60)")
     add_step_flags(add)
     add("--learning_rate", type=float, default=5e-4, help="AdamW's (default: 5e-4)")
@@ -66,23 +70,23 @@ def parse_args(argv=None):
     add("--clip", type=float, default=1.0, help="largest norm of a step's gradient; 0: no limit (default: 1.0)")
     add("--lora_rank", type=int, default=8, help="0 trains all weights (default: 8)")
     add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
-    # machine
+    add = parser.group("machine")
     add_machine_flags(add)
     add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, of the head no logits, and compute the rest anew there: the same numbers, "
                                                      "with less memory, in more time")
-    # SAP
+    add = parser.group("SAP (sap)")
     add("--gate", type=float, default=0.5, help="sap leaves out of a batch the rows whose loss falls along ĝ faster than this share of how fast "
                                                 "the safety loss rises; 0: none (default: 0.5)")
     add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
     add("--refresh", type=int, default=1, help="take sap's ∇L_safe (ĝ, and what λ adds) anew every so many steps; more is cheaper (default: 1)")
-    # the paper's SAP
+    add = parser.group("the paper's SAP (paper, paper_project), and other probes")
     add("--layers", help="layers that carry a probe, as 10-19 or 3,9 (default: the middle third)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
-    # rivals
+    add = parser.group("rivals")
     add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py (default: "
         + " ".join(f"{method}={value}" for method, value in STRENGTH.items()) + ")")
-    # records
+    add = parser.group("records")
     add("--watch", choices=("mechanism",), help="also log, every --watch_every steps and at the last, where the weights go with respect to safety: "
                                                 "see Watch in minisap/mechanism.py")
     add("--watch_every", type=int, default=10, help="(default: 10)")

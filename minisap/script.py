@@ -22,8 +22,12 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 class Parser(argparse.ArgumentParser):
     """The script's docstring is its help; a wrong flag is one line, like any other wrong input."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, doc, epilog=None):
+        super().__init__(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def group(self, title):
+        """add_argument of a group of flags, in --help under this title."""
+        return self.add_argument_group(title).add_argument
 
     def error(self, message):
         raise ValueError(f"{message}; see --help")

@@ -3,6 +3,10 @@ from minisap.script import pyplot
 from minisap.stats import student
 
 
+# README's columns.
+TITLES = {"poisoned": "one row in ten harmful", "harmless": "no harmful row", "disguised": "harmful rows in the task's format", "evading": "likewise, chosen to evade the filter"}
+
+
 def plane(axis, found, reference, title=""):
     """A dot per method with 95 % intervals: the harmful score over seeds and prompts, the task loss over seeds."""
     for c in found:
@@ -47,7 +51,7 @@ def draw_laboratory(found, file):
     n = len(found["settings"])
     planes, (sweep, *attacks) = axes.flat[:n], axes.flat[n:]
     for axis, (setting, rows) in zip(planes, found["settings"].items()):
-        plane(axis, rows, found["against"], setting)
+        plane(axis, rows, found["against"], TITLES[setting])
     over(sweep, found["sweep"], "method", "p", "share of harmful rows", "p")
     for axis in attacks[len(budgets):]:
         axis.axis("off")
