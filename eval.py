@@ -138,13 +138,13 @@ def read_runs(paths):
         files = sorted(path.glob("*/eval.json"))
         if not files:
             raise ValueError(f"{path}: no run with METHOD/eval.json here")
-        start = read_measured(path / "start.json")
+        start = read_measured(path / "start.json", run_args["seed"])
         for file in files:
             check_alike(path, args, *first.setdefault(file.parent.name, (path, args)))
             if (file.parent.name, run_args["seed"]) in seen:
                 raise ValueError(f"{path}: seed {run_args['seed']} of {file.parent.name} stands in {seen[file.parent.name, run_args['seed']]}, too; give runs of different seeds")
             seen[file.parent.name, run_args["seed"]] = path
-            records += [r | {"method": file.parent.name} for r in start] + read_measured(file)
+            records += [r | {"method": file.parent.name} for r in start] + read_measured(file, run_args["seed"])
         shared = {key: value for key, value in args.items() if key not in ANY_METHOD}
         check_alike(path, shared, *first.setdefault("", (path, shared)))
     return records

@@ -311,7 +311,10 @@ def prepare(args):
 def fine_tune(args, start, tokenizer, splits, safe_prompts, task):
     """Measure the start, then run every method that is not finished. Returns all records."""
     def measure(model, method, step):
-        found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
+        try:
+            found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
+        except NotFinite as error:
+            raise NotFinite(f"{method}, measured at step {step}: {error}; the weights are damaged") from None
         return [{"model": str(start), "method": method, "seed": args.seed, "step": step} | r for r in found]
 
     def watch_of(model, W):

@@ -1,5 +1,5 @@
 """How harmful, how useful, how over-cautious is a model: one record per metric, with n and a 95 % interval."""
-import math
+import sys
 
 import torch
 from tqdm import tqdm
@@ -7,7 +7,7 @@ from tqdm import tqdm
 from minisap.checkpoint import read_json
 from minisap.data import collate, encode_prompt, encode_rows
 from minisap.judge import JUDGES, describe, judge_of
-from minisap.sap import response_nll
+from minisap.sap import check_finite, response_nll
 from minisap.stats import bootstrap, wilson
 
 MAX_NEW_TOKENS = 32
@@ -63,6 +63,7 @@ def share(metric, verdicts, counted, judge):
 def mean(metric, values, weights=None):
     weights = weights or [1] * len(values)
     value = sum(v * w for v, w in zip(values, weights)) / sum(weights)
+    check_finite({metric: value})                                       # else the weights are damaged
     per_row = [round(value + len(values) * w * (v - value) / sum(weights), 5) for v, w in zip(values, weights)]         # whose spread is that of a ratio
     return record(metric, value, len(values), *bootstrap(values, weights)) | {"per_row": per_row}
 
@@ -71,24 +72,27 @@ def record(metric, value, n, ci_low=None, ci_high=None, judge=None):
     return {"metric": metric, "value": value, "n": n, "ci_low": ci_low, "ci_high": ci_high, "judge": judge}
 
 
-def read_measured(file):
-    """The records that train.py left in eval.json or start.json; ValueError names the file and the first that is none."""
+def read_measured(file, seed=None):
+    """The records that train.py left in eval.json or start.json, of this seed; ValueError names the file, and the first record that is none or what is missing."""
     records = read_json(file)
     for i, r in enumerate(records if isinstance(records, list) else [records]):
-        if not is_record(r):
-            raise ValueError(f"{file}: record {i} is none that train.py writes")
+        if not is_record(r) or seed not in (None, r["seed"]):
+            raise ValueError(f"{file}: record {i} is none that train.py writes" + f", with seed {seed}" * (seed is not None))
+    for step in {r["step"] for r in records} or {0}:
+        if missing := {"harmful_score", "over_refusal", "task_loss"} - {r["metric"] for r in records if r["step"] == step}:
+            raise ValueError(f"{file}: no {min(missing)} at step {step}")
     return records
 
 
 def is_record(r):
     """Whether r is what `evaluate` gives, with what train.py adds to it."""
-    number = lambda x: type(x) in (int, float) and abs(x) < math.inf
     if not isinstance(r, dict) or any(type(r.get(key)) is not kind for key, kind in KINDS.items()) or not 0 < r["n"] < 10**7:
         return False
+    least, most = (0, 1) if r["metric"].startswith(SHARES) else (-sys.float_info.max, sys.float_info.max)
+    number = lambda x: type(x) in (int, float) and least <= x <= most
     bounds = [r.get(key) for key in ("ci_low", "ci_high") if r["metric"] in METRICS or r.get(key) is not None]
     hits, per_row = r.get("hits", "0" * r["n"]), r.get("per_row", [0] * r["n"])
-    return (number(r.get("value")) and all(map(number, bounds)) and r.get("judge") in (None, *JUDGES)
-            and isinstance(hits, str) and len(hits) == r["n"] and set(hits) <= {"0", "1"}
+    return (all(map(number, [r.get("value"), *bounds])) and r.get("judge") in (None, *JUDGES) and isinstance(hits, str) and len(hits) == r["n"] and set(hits) <= {"0", "1"}
             and isinstance(per_row, list) and len(per_row) == r["n"] and all(map(number, per_row)))
 
 

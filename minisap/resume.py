@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from minisap import parallel
-from minisap.checkpoint import parse_json, read_object, read_text, write_json, write_whole
+from minisap.checkpoint import DTYPES, parse_json, read_object, read_text, write_json, write_whole
 from minisap.sap import put
+from minisap.tokenizer import FORMATS
 
 LOCK = ".lock"
 
@@ -16,6 +17,7 @@ LOCK = ".lock"
 # What eval.py takes over from train_args.json, and the types that stand there.
 TYPES = {"task": (list, type(None)), "safety": (str, type(None)), "benign": (str, type(None)), "pairs": (int,), "n_eval": (int,), "max_len": (int,), "chat_format": (str,),
          "dtype": (str,), "seed": (int,), "steps": (int,), "batch_size": (int,), "pairs_per_step": (int,)}
+CHOICES = {"chat_format": FORMATS, "dtype": DTYPES}
 
 
 def occupied(folder):
@@ -57,7 +59,7 @@ def read_run_args(file):
     for key, types in TYPES.items():
         if key not in found:
             raise ValueError(f"{file}: {key} is missing")
-        if type(found[key]) not in types or key == "task" and not all(isinstance(name, str) for name in found[key] or ()):
+        if type(found[key]) not in types or key == "task" and not all(isinstance(name, str) for name in found[key] or ()) or found[key] not in CHOICES.get(key, (found[key],)):
             raise ValueError(f"{file}: {key} = {found[key]!r:.80}, which train.py does not write")
     return found
 

@@ -6,6 +6,8 @@ from minisap.stats import student
 # README's columns.
 TITLES = {"poisoned": "one row in ten harmful", "harmless": "no harmful row", "disguised": "harmful rows in the task's format", "evading": "likewise, chosen to evade the filter"}
 
+ATTACKS = {"attack10": "10 harmful rows", "attack100": "100 harmful rows", "capitals100": "100 in capitals"}
+
 
 def plane(axis, found, reference, title=""):
     """A dot per method with 95 % intervals: the harmful score over seeds and prompts, the task loss over seeds."""
@@ -17,6 +19,10 @@ def plane(axis, found, reference, title=""):
                               markersize=7 if c["method"] == reference else 4, linewidth=0.8, capsize=2)
         axis.annotate(c["method"], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7, color=drawn[0].get_color())
     axis.set(xscale="log", xlabel="task loss, nats per token (useful: to the left)", ylabel="harmful score, % (safe: below)", title=title)
+    ticker = pyplot().matplotlib.ticker
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.xaxis.set_major_formatter("{x:g}")
 
 
 def over(axis, found, key, x, title, xlabel):
@@ -57,5 +63,5 @@ def draw_laboratory(found, file):
         axis.axis("off")
     for axis, (rows, rate) in zip(attacks, budgets):
         chosen = [r for r in found["budgets"] if (r["rows"], r["learning_rate"]) == (rows, rate)]
-        over(axis, chosen, "defence", "step", f"attacker: {rows}, learning rate {rate:g}", "steps")
+        over(axis, chosen, "defence", "step", f"attacker: {ATTACKS[rows]}, learning rate {rate:g}", "steps")
     save(figure, file)

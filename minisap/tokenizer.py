@@ -9,6 +9,7 @@ from minisap.checkpoint import read_object, read_text
 
 VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+MAX_BYTES = 10**8                                                   # of tokenizer.json; the largest that we know has 33 MB
 # The first of the private characters that stand for control tokens in messages, which are words there.
 MARK = "\U000f0000"
 # The system message that a chatml template spells out, for conversations that have none.
@@ -120,12 +121,15 @@ class Tokenizer:
 
     def __init__(self, path, chat_format=None):
         path = Path(path)
-        if not (path / "tokenizer.json").is_file():
-            raise ValueError(f"{path / 'tokenizer.json'}: missing")
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(f"{file}: missing")
+        if file.stat().st_size > MAX_BYTES:                         # read, it takes ten times as much
+            raise ValueError(f"{file}: {file.stat().st_size:,} bytes; no tokenizer has more than {MAX_BYTES:,}")
         try:
-            self.tokens = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            self.tokens = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:                                  # the library raises plain Exception
-            raise ValueError(f"{path / 'tokenizer.json'}: {error}") from None
+            raise ValueError(f"{file}: {error}") from None
         self.tokens.no_padding()                                    # a file may ask for both; neither is meant for training
         self.tokens.no_truncation()
         config = path / "tokenizer_config.json"
@@ -134,10 +138,12 @@ class Tokenizer:
         if not isinstance(self.chat_format, str) or self.chat_format not in FORMATS:
             raise ValueError(f"{config}: chat_format = {self.chat_format!r} is unknown; known: {', '.join(FORMATS)}")
         self.render_turns, self.end_of_turn = FORMATS[self.chat_format]
+        self.vocab_size = max(self.tokens.get_vocab().values(), default=-1) + 1
+        if self.vocab_size > 2**20:                                 # the library would count up to there
+            raise ValueError(f"{file}: an id of {self.vocab_size - 1} is beyond any vocabulary")
         self.marks = self.as_words()
         self.control_ids = {self.tokens.token_to_id(token) for token, _ in self.marks.values()}
         self.control = re.compile("|".join(re.escape(token) for token, _ in sorted(self.marks.values(), key=lambda found: -len(found[0]))) or "(?!)")
-        self.vocab_size = max(self.tokens.get_vocab().values(), default=-1) + 1
         if self.tokens.token_to_id(self.end_of_turn) is None:
             raise ValueError(f"{path}: chat_format {self.chat_format} ends a turn with {self.end_of_turn}, which is no token here")
         self.stop_ids = {self.tokens.token_to_id(self.end_of_turn)}

@@ -170,6 +170,19 @@ def test_a_control_token_in_other_letters_is_refused_where_the_tokenizer_takes_i
     assert encode_prompt(Tokenizer(tmp_path), "hi")
 
 
+def test_a_tokenizer_of_a_gigabyte_or_with_ids_beyond_any_vocabulary_is_refused(tmp_path):
+    write_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["model"]["vocab"]["!"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="tokenizer.json: an id of 2147483648 is beyond any vocabulary"):
+        Tokenizer(tmp_path)
+    with open(tmp_path / "tokenizer.json", "ab") as file:
+        file.truncate(10**9)                                        # sparse: it takes no room
+    with pytest.raises(ValueError, match="tokenizer.json: 1,000,000,000 bytes; no tokenizer has more than"):
+        Tokenizer(tmp_path)
+
+
 def test_roles_must_alternate(tmp_path):
     with pytest.raises(ValueError, match="found user, user"):
         tokenizer_for(tmp_path, "chatml").render([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
