@@ -144,7 +144,7 @@ def read_runs(paths):
             if (file.parent.name, run_args["seed"]) in seen:
                 raise ValueError(f"{path}: seed {run_args['seed']} of {file.parent.name} stands in {seen[file.parent.name, run_args['seed']]}, too; give runs of different seeds")
             seen[file.parent.name, run_args["seed"]] = path
-            records += [r | {"method": file.parent.name} for r in start] + read_measured(file, run_args["seed"])
+            records += [r | {"method": file.parent.name} for r in (*start, *read_measured(file, run_args["seed"]))]
         shared = {key: value for key, value in args.items() if key not in ANY_METHOD}
         check_alike(path, shared, *first.setdefault("", (path, shared)))
     return records

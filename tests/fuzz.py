@@ -220,7 +220,7 @@ def judge(status, told, more, size, name):
     errors = [line for line in told.splitlines() if "error: " in line]
     if len(errors) != 1 or told.splitlines()[-1] != errors[0]:
         return "not one line"
-    named = (Path(name).name, f"{Path(name).parent}: ", *(value for value in STRANGE if isinstance(value, str) and "/" in value))             # the last: that the file named
+    named = (Path(name).name, f"{Path(name).parent}: ", "/etc/passwd", "../../outside", "No such file")            # the last three: what the file names, in turn
     return "" if status == 3 or any(one in errors[0] for one in named) else "names another file"
 
 
