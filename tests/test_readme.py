@@ -11,6 +11,7 @@ from minisap.findings import other_tables, steps_to_break
 from minisap.mechanism import format_mean, last_watched
 from minisap.stats import wilson
 from minisap.table import at, comparisons, dominating, legend, markdown, rows_of
+from scaling import exponent
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, STUDY = (ROOT / name for name in ("README.md", "minisap/docs/results.md", "minisap/docs/study.md"))
@@ -180,6 +181,22 @@ def test_the_precision_is_what_the_record_says():
         cell = f"{row['cosine']:.3f} ({row['size']:.3f})" if "size" in row else f"{row['mean_cosine']:.3f} ({row['lowest_cosine']:.3f})"
         line, = [line for line in STUDY.splitlines() if line.startswith(f"| {row['direction'].replace('epsilon', 'ε =')} ")]
         assert line.split(" | ")[1 + ["float64", "float32", "bfloat16"].index(row["dtype"])].strip("* |") == cell, line
+
+
+def test_what_a_step_costs_is_what_the_record_says():
+    found, gib = read_json(GOLDEN / "benchmark.json"), 2**30
+    sft, filtering, peaks = found["sft_step_s"], found["sap_filter_s"], found["peak_bytes"]
+    for name, seconds, peak in (("`sft`", sft, "sft"), ("`sap`, without its filter", found["sap_step_s"] - filtering, "sap"), ("`sap`, run for one epoch", found["sap_step_s"], "sap_filter"),
+                                ("`sap`, run for three", found["sap_step_s"] - 2 / 3 * filtering, "sap_filter"), ("`paper_project`", found["paper_step_s"], "paper_project"),
+                                ("SFT, transformers and peft", found["hf_sft_step_s"], "hf_sft"), ("the paper's released schedule, the same", found["hf_released_step_s"], "hf_released")):
+        assert f"| {name} | {seconds:.2f} | {seconds / sft:.2f} | {peaks[peak] / gib:.2f} |\n" in README
+    page = re.sub(r"\s+", " ", README)
+    for told in (f"{filtering / sft:.2f} steps of SFT", f"{found['sap_flops_over_sft']:.2f} × SFT in one epoch", f"we are at {found['sft_speedup']:.2f})", f"{found['sap_speedup']:.2f} × as fast as the released",
+                 f"{found['generate_speedup']:.2f} × as fast as transformers'", f"({found['matmul_flops'] / 1e9:.0f} GFLOP/s)"):
+        assert told in page, told
+    grown = read_json(GOLDEN / "scaling.json")
+    told = {method: [f"{exponent(grown['grown'][what], grown['seconds'][what][method]):.2f}" for what in ("layers", "tokens")] for method in ("sap", "sft")}
+    assert f"(exponents {told['sap'][0]} and {told['sap'][1]} for `sap`, {told['sft'][0]} and {told['sft'][1]} for `sft`;" in page
 
 
 def test_ci_runs_exactly_the_test_command():
