@@ -77,9 +77,9 @@ def choose_rows(args):
                 raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; measure them apart"
                                  f", or choose by --{key}")
             setattr(args, key, found[0] if found else default)
-    for file, run in zip(files, runs):
-        if args.n_eval > run["n_eval"] and any(getattr(args, key) == run[key] for key in ("task", "safety")):
-            raise ValueError(f"--n_eval {args.n_eval}: {file} held out {run['n_eval']} rows; more would be such as it may have learnt")
+    for file, one in zip(files, runs):
+        if args.n_eval > one["n_eval"] and any(getattr(args, key) == one[key] for key in ("task", "safety")):
+            raise ValueError(f"--n_eval {args.n_eval}: {file} held out {one['n_eval']} rows; more would be such as it may have learnt")
     check_minimum(args, 1, "n_eval", "max_len")
     check_minimum(args, 0, "pairs")
     return {file: run.get("rows_sha256") for file, run in zip(files, runs)} if own else {}

@@ -222,6 +222,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 state["peak"] = max(state.get("peak", 0), torch.cuda.max_memory_allocated(args.device))
             if looks:
                 log |= watch(model, W, W_before, collate([task[i] for i in places], device=args.device), contrast)
+                check_finite({key: value for key, value in log.items() if isinstance(value, float)})
                 reset_peak(args)                                        # what watching took for a moment is not the method's
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps and parallel.leads():
@@ -231,10 +232,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log_file.flush()
                 save_state(out_dir, W, optimizer, state, records)
-    if not parallel.leads():
-        return []
-    end(args, method, model, W, state)
-    return finish(args, method, model, state, records, measure, start, out_dir)
+    return finish(args, method, model, W, state, records, measure, start, out_dir) if parallel.leads() else []
 
 
 def end(args, method, model, W, state):
@@ -246,8 +244,9 @@ def end(args, method, model, W, state):
     return kept
 
 
-def finish(args, method, model, state, records, measure, start, out_dir):
+def finish(args, method, model, W, state, records, measure, start, out_dir):
     """Save the adapter, merge it, measure what is left (the very weights that are written), and save that."""
+    end(args, method, model, W, state)
     if args.lora_rank:
         save_adapter(model, out_dir / "adapter", start)
         merge_lora(model)
@@ -276,7 +275,8 @@ def prepare(args):
     check_args(args)
     start = find_model("--model", args.model)
     args.out_dir = args.out_dir or Path("runs") / start.resolve().name
-    check_out_dir(args)
+    if parallel.leads():
+        check_out_dir(args)                                             # before any work
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     if args.before and not (args.watch or "safelora" in args.method):

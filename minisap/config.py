@@ -1,5 +1,4 @@
 """config.json in Hugging Face's format, read strictly."""
-import math
 from dataclasses import dataclass
 
 # Keys of config.json that change the computation in a way that is not built here: anything but these values is refused.

@@ -95,8 +95,11 @@ def run(main, interrupted="interrupted"):
     except (ValueError, OSError, SafetensorError) as error:             # the last: a disk that is full
         print(f"{error_of}: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"{error_of}: {str(error).splitlines()[0]} Shorter --max_len, smaller batches, --checkpointing or --dtype bfloat16 need less.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):           # a CPU's has no class of its own
+            raise
+        needed = (str(error).splitlines() or ["out of memory"])[0].split("DefaultCPUAllocator: ")[-1]
+        print(f"{error_of}: {needed} Shorter --max_len, smaller batches, --checkpointing or --dtype bfloat16 need less.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

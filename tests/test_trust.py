@@ -1,6 +1,8 @@
 """A run on a shared machine, fed with files from strangers: killed, cut off at any of its writes, and given damaged input."""
 import collections
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train as train_script
-from fuzz import SUBJECTS, campaign
+from fuzz import SUBJECTS, attempt, campaign
 from kill import FEW, results, write_rows
 from kill import campaign as killings
 from minisap import checkpoint, resume
@@ -101,3 +103,14 @@ def test_a_terminal_without_utf_8_gets_the_table_all_the_same(tmp_path):
     assert done.returncode == 0 and b"judge: the world's truth" in done.stdout, done.stderr
     told = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert told.returncode == 0 and b"--safety_weight" in told.stdout, told.stderr
+
+
+def test_a_cpu_without_enough_memory_says_what_was_needed_and_what_lowers_it(tmp_path):
+    def in_little_room():
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+        train_script.main(["--steps", "2", "--n_eval", "4", "--method", "sft", "--batch_size", "20000", "--threads", "1", "--out_dir", str(tmp_path / "run")])
+
+    status, told, _ = attempt(in_little_room, tmp_path)
+    assert status == 2 and "Traceback" not in told, told
+    assert re.search(r"error: .*you tried to allocate \d+ bytes.* Shorter --max_len, smaller batches, --checkpointing", told.splitlines()[-1])
