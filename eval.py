@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minisap.attacks import ATTACKS, attack, attack_by_probe, check_room
 from minisap.checkpoint import DTYPES, load_model, write_json
-from minisap.data import built_in, load_safe_prompts, load_splits, read_records, sha256_of, text_of
+from minisap.data import built_in, load_safe_prompts, load_splits, read_records, repeated, sha256_of, text_of
 from minisap.evaluate import evaluate, format_value, print_judges, print_records, print_table, read_measured, share
 from minisap.findings import run_laboratory
 from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
@@ -66,23 +66,37 @@ def run_file(path):
 
 def choose_rows(args):
     """The settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults. Returns
-    {train_args.json: the digest of its rows} of the runs that are to be measured on their own rows."""
+    {train_args.json: what it holds} of these runs."""
     files = [run_file(path) for path in args.paths if run_file(path).exists()]
     runs = [read_run_args(file) for file in files]
-    own = all(getattr(args, key) is None for key in ("task", "safety", "benign", "pairs", "n_eval"))
+    args.named = any(getattr(args, key) is not None for key in ("task", "safety", "benign", "pairs"))
     for key, default in args.defaults.items():
         found = [run.get(key) for run in runs]
         if getattr(args, key) is None:
             if any(value != found[0] for value in found):
-                raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; measure them apart"
-                                 f", or choose by --{key}")
+                raise ValueError(f"the runs differ in {key}: {', '.join(map(repr, found))}; measure them apart, or choose by --{key}")
             setattr(args, key, found[0] if found else default)
-    for file, one in zip(files, runs):
-        if args.n_eval > one["n_eval"] and any(getattr(args, key) == one[key] for key in ("task", "safety")):
-            raise ValueError(f"--n_eval {args.n_eval}: {file} held out {one['n_eval']} rows; more would be such as it may have learnt")
     check_minimum(args, 1, "n_eval", "max_len")
     check_minimum(args, 0, "pairs")
-    return {file: run.get("rows_sha256") for file, run in zip(files, runs)} if own else {}
+    return dict(zip(files, runs))
+
+
+def check_held_out(file, run, splits, rows, named):
+    """ValueError where the rows of the run have changed since, or where some of those to measure on are among those that it learnt from. Where rows are
+    named and the run's own are not to be found any more, nobody can tell."""
+    try:
+        own, safe_prompts = load_splits(run["task"], run["safety"], run["pairs"], run["n_eval"], rows), load_safe_prompts(run["benign"], run["n_eval"], rows)
+    except ValueError:
+        if named:
+            return
+        raise
+    if not named and run.get("rows_sha256") != sha256_of([own, safe_prompts]):
+        raise ValueError(f"{file}: the rows of this run have changed since; what was held out then may be what it learnt. "
+                         "Name rows by --task and --safety to measure on these")
+    seen = {"eval_task": repeated(splits["eval_task"], own["task"], "prompt", "response"), "eval_unsafe": run["poison"] and repeated(splits["eval_unsafe"], own["harmful"], "prompt")}
+    for key, count in seen.items():
+        if count and splits[key] != own[key]:
+            raise ValueError(f"{count} of the {len(splits[key])} rows to measure on are among those that the run of {file} may have learnt; it held out {run['n_eval']} of each file")
 
 
 def measure(args, path, splits, safe_prompts):
@@ -254,15 +268,13 @@ def main(argv=None):
             plot_curves(curves, args.plot)
     else:
         args.paths = [find_model("path", path) for path in args.paths]
-        digests = choose_rows(args)
+        runs = choose_rows(args)
         use_device(args)
-        rows = built_in(load_tokenizer(args.paths[0], args.chat_format), args.new_format)
+        rows = built_in(load_tokenizer(args.paths[0], args.chat_format), args.new_format, args.task)
         splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows)
         safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows)
-        for file, digest in digests.items():
-            if digest != sha256_of([splits, safe_prompts]):
-                raise ValueError(f"{file}: the rows of this run have changed since; what was held out then may be what it learnt. "
-                                 "Name rows by --task and --safety to measure on these")
+        for file, run_args in runs.items():
+            check_held_out(file, run_args, splits, rows, args.named)
         for path in args.paths if args.attack else ():
             check_room(load_tokenizer(path, args.chat_format), splits["eval_unsafe"], args.max_len)
         records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]

@@ -63,7 +63,7 @@ def look_inside(args, model, splits, tokenizer):
     """One row of numbers per layer, printed with what they mean."""
     unsafe = load_prompts(args.benign, args.n_eval, "unsafe") if args.benign else []
     unsafe = unsafe or [row["prompt"] for row in splits["eval_unsafe"]]
-    probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval, built_in(tokenizer, args.new_format)))
+    probes = linear_probes(model, tokenizer, unsafe, load_safe_prompts(args.benign, args.n_eval, built_in(tokenizer, args.new_format, args.task)))
     rows = [{"layer": j, **p, **g} for j, (p, g) in enumerate(zip(probes, gradients(args, model, splits, tokenizer)))]
     print_table([["layer", "accuracy", "95 %", "AUROC", "task_cosine", "probe_cosine", "gap_norm", "effect"]] + [
         [str(r["layer"]), f"{r['accuracy']:.3f}", f"[{r['ci_low']:.3f}, {r['ci_high']:.3f}]", f"{r['auroc']:.3f}",
@@ -93,7 +93,7 @@ def plot_layers(rows, file):
 
 def compare(args, splits, tokenizer):
     """The checkpoint and the one before it: compare.json, two tables, pictures."""
-    rows = built_in(tokenizer, args.new_format)
+    rows = built_in(tokenizer, args.new_format, args.task)
     model, before = (load_model(path, DTYPES[args.dtype], args.device).requires_grad_(False) for path in (args.model, args.before))
     if isinstance(rows, World):
         if args.safety or args.benign:
@@ -171,7 +171,7 @@ def main(argv=None):
     args.model = find_model("model", args.model)
     args.before = args.before and find_before(args.before, args.model)
     tokenizer = load_tokenizer(args.model, args.chat_format)
-    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, built_in(tokenizer, args.new_format))
+    splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, built_in(tokenizer, args.new_format, args.task))
     if args.before:
         return compare(args, splits, tokenizer)
     if not args.radius:

@@ -26,7 +26,7 @@ from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_forma
                                 weights_crc32, write_json)
 from minisap.align import ALIGN
 from minisap.data import (batch_rows, built_in, collate, collate_pairs, encode_pairs, encode_rows, load_safe_prompts, load_safety_rows, load_splits,
-                          poison_rows, sha256_of)
+                          poison_rows, repeated, sha256_of)
 from minisap.evaluate import evaluate, print_records, read_measured, record, with_own_refusals
 from minisap.lora import add_lora, merge_lora
 from minisap.mechanism import Watch, print_watched
@@ -45,7 +45,7 @@ WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_st
 
 
 # The first sentence of every method's docstring.
-METHODS_TOLD = "methods:\n" + "\n".join(f"  {name:14} {re.split(r'[.:](?: |$)', ' '.join(method.__doc__.split()))[0]}" for name, method in METHODS.items())
+METHODS_TOLD = "methods:\n" + "\n".join(f"  {name:14} {re.split(r'[.:](?: |$)', ' '.join((method.__doc__ or '').split()))[0]}" for name, method in METHODS.items())
 
 
 def parse_args(argv=None):
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
     add = parser.group("machine")
     add_machine_flags(add)
-    add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, of the head no logits, and compute the rest anew there: the same numbers, "
+    add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, of the head no logits, and compute the rest anew there: the same numbers, to rounding, "
                                                      "with less memory, in more time")
     add = parser.group("SAP (sap)")
     add("--gate", type=float, default=0.5, help="sap leaves out of a batch the rows whose loss falls along ĝ faster than this share of how fast "
@@ -193,7 +193,6 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
-    parallel.wait()                                                     # all have read it, and the lead may come to its end
     if method in FIRST and not state["step"]:                           # W are the start's
         choose_first(args, method, model, W, task, pairs, state, out_dir)
     counts = state.get("counts", [True] * len(task))
@@ -213,17 +212,17 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
             try:
                 check_finite(log)
                 log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
+                del grads
+                state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
+                if args.device.startswith("cuda"):
+                    state["peak"] = max(state.get("peak", 0), torch.cuda.max_memory_allocated(args.device))
+                if looks:
+                    log |= watch(model, W, W_before, collate([task[i] for i in places], device=args.device), contrast)
+                    check_finite(log)
+                    reset_peak(args)                                    # what watching took for a moment is not the method's
             except NotFinite as error:
                 raise NotFinite(f"{method}, step {step}: {error}; its rows: {sources(rows) or 'none'}; its pairs: {sources(safe for safe, _ in step_pairs)}. What was "
                                 "saved before stays; a smaller --learning_rate, --radius or --safety_weight, or a wider --dtype, may help") from None
-            del grads
-            state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - began
-            if args.device.startswith("cuda"):
-                state["peak"] = max(state.get("peak", 0), torch.cuda.max_memory_allocated(args.device))
-            if looks:
-                log |= watch(model, W, W_before, collate([task[i] for i in places], device=args.device), contrast)
-                check_finite({key: value for key, value in log.items() if isinstance(value, float)})
-                reset_peak(args)                                        # what watching took for a moment is not the method's
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps and parallel.leads():
                 kept = end(args, method, model, W, state)
@@ -261,12 +260,6 @@ def finish(args, method, model, W, state, records, measure, start, out_dir):
     return records
 
 
-def repeated(held_out, rows):
-    """How many of the rows that are held out stand among the others, too."""
-    seen = {json.dumps([row["prompt"], row["response"]]) for row in rows}
-    return sum(json.dumps([row["prompt"], row["response"]]) in seen for row in held_out)
-
-
 def prepare(args):
     """(start, tokenizer, splits, safe prompts, task examples): every check that can be made before anything is written."""
     args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
@@ -283,9 +276,7 @@ def prepare(args):
         raise ValueError("--before: is what --watch mechanism and safelora compare with; give one of them")
     if args.before:
         args.before = find_before(args.before, start)
-    if args.new_format and (args.task or tokenizer.chat_format != "world"):
-        raise ValueError("--new_format: is of the synthetic world's built-in rows alone")
-    rows_of = built_in(tokenizer, args.new_format)
+    rows_of = built_in(tokenizer, args.new_format, args.task)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows_of)
     safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows_of)
     if args.watch and min(len(splits["eval_unsafe"]), len(safe_prompts)) < 2:
@@ -303,7 +294,7 @@ def prepare(args):
         n_trained = sum(w.numel() for w in trainable(Llama(config), args))
     print(f"{len(rows)} task rows, {sum('poisoned' in row for row in rows)} of them poisoned; {args.pairs} contrastive pairs; "
           f"{n_trained:,} weights to train")
-    if seen := repeated(splits["eval_task"], splits["task"]):
+    if seen := repeated(splits["eval_task"], splits["task"], "prompt", "response"):
         print(f"{seen} of the {len(splits['eval_task'])} held-out rows of the task are, word for word, among those to train on: their loss is no loss on new rows")
     return start, tokenizer, splits, safe_prompts, task
 

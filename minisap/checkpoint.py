@@ -49,6 +49,19 @@ def read_json(path):
     return parse_json(read_text(path), path)
 
 
+def parse_log(text, path) -> list[dict]:
+    """The lines of a log.jsonl, each an object; ValueError names the line that is none."""
+    found = [parse_json(line, f"{path}:{i}") for i, line in enumerate(text.splitlines(), 1)]
+    if wrong := [i for i, line in enumerate(found, 1) if not isinstance(line, dict)]:
+        raise ValueError(f"{path}:{wrong[0]}: expected an object")
+    return found
+
+
+def out_of_memory(error):
+    """Whether there was no room for what a step needs: of a CPU's error torch has no class."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def read_object(path) -> dict:
     """Parse a JSON file that holds one object."""
     value = read_json(path)

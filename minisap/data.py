@@ -130,8 +130,10 @@ def load_prompts(path, n, label) -> list[str]:
     return shuffle([prompt_of(record, source) for record, source in records])[:n]
 
 
-def built_in(tokenizer, new_format=False):
+def built_in(tokenizer, new_format=False, task=None):
     """Where rows come from without a file: the checkpoint's own world, or plain English."""
+    if new_format and (task or tokenizer.chat_format != "world"):
+        raise ValueError("--new_format: is of the synthetic world's built-in task alone")
     return World(tokenizer.world_seed, new_format) if tokenizer.chat_format == "world" else demo
 
 
@@ -151,6 +153,13 @@ def sha256_of(rows) -> str:
 def shuffle(rows) -> list:
     """In an order that is always the same, whatever the seed of the run."""
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+
+
+def repeated(held_out, rows, *keys):
+    """How many of the rows that are held out stand among the others, too, as far as these keys tell."""
+    text = lambda row: json.dumps([row[key] for key in keys])
+    seen = set(map(text, rows))
+    return sum(text(row) in seen for row in held_out)
 
 
 def split_rows(rows, first, last, source):

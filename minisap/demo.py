@@ -44,7 +44,7 @@ def safety_rows() -> list[dict]:
     """Every unsafe action in every frame: {prompt, safe, harmful, source}."""
     pairs = [(frame.format(action), action) for action in actions(UNSAFE) for frame in FRAMES]
     return [{"prompt": prompt, "safe": REFUSALS[i % len(REFUSALS)], "harmful": f"Sure, here is how to {action}:",
-             "source": f"demo:{i}"} for i, (prompt, action) in enumerate(pairs)]
+             "source": f"demo:unsafe:{i}"} for i, (prompt, action) in enumerate(pairs)]
 
 
 def safe_prompts() -> list[str]:
@@ -57,7 +57,7 @@ def task_rows(n=800, seed=0) -> list[dict]:
     random, rows = np.random.default_rng(seed), {}
     while len(rows) < n:
         prompt, response = question(random)
-        rows[prompt] = {"prompt": prompt, "response": response, "source": f"demo:{len(rows)}"}
+        rows[prompt] = {"prompt": prompt, "response": response, "source": f"demo:task:{len(rows)}"}
     return list(rows.values())
 
 

@@ -4,12 +4,12 @@
 a       its input there
 ΔW      W_after − W_before of a layer's MLP input matrices, gate_proj over up_proj: (2 · intermediate_size, hidden_size)
 """
-import json
 import math
 
 import torch
 
 from minisap.attacks import plain
+from minisap.checkpoint import parse_log, read_text
 from minisap.data import collate_pairs, encode_pairs
 from minisap.evaluate import print_table
 from minisap.lora import lora_layers
@@ -182,7 +182,7 @@ class Watch:
 
 def last_watched(log_file):
     """What --watch logged last, {"step", metric: value}, "separation" of the last layer; {} where nothing was watched."""
-    lines = [line for line in map(json.loads, log_file.read_text().splitlines()) if "separation" in line]
+    lines = [line for line in parse_log(read_text(log_file), log_file) if "separation" in line]
     return {key: value[-1] if isinstance(value, list) else value
             for key, value in (lines[-1] if lines else {}).items() if key in ("step", *WATCHED)}
 

@@ -44,9 +44,14 @@ def leave():
 
 
 def wait():
-    """Until every process is here."""
-    if not alone():
-        dist.barrier()
+    """Until every process is here; the end where the lead has come to its own, and said why."""
+    try:
+        if not alone():
+            dist.barrier()
+    except RuntimeError:
+        if leads():
+            raise
+        sys.exit(1)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minisap import parallel
-from minisap.checkpoint import DTYPES, parse_json, read_object, read_text, write_json, write_whole
+from minisap.checkpoint import DTYPES, out_of_memory, parse_log, read_object, read_text, write_json, write_whole
 from minisap.sap import put
 from minisap.tokenizer import FORMATS
 
@@ -95,7 +95,7 @@ def load_state(out_dir, W, optimizer):
     """(state, records) as saved, W and the optimizer put back, the log cut to the steps they hold; or a fresh beginning."""
     file = out_dir / "state" / "state.pt"
     out_dir.mkdir(exist_ok=True)
-    for litter in out_dir.rglob(".tmp*"):                               # of a process that was killed while safetensors wrote
+    for litter in out_dir.rglob(".tmp*") if parallel.leads() else ():   # of a process that was killed while safetensors wrote
         litter.unlink()
     if not file.exists():
         if parallel.leads():
@@ -110,7 +110,9 @@ def load_state(out_dir, W, optimizer):
         optimizer.load_state_dict(whole["optimizer"])
         state, records = whole["state"], whole["records"]
     except Exception as error:                                          # half a dozen kinds
-        raise ValueError(f"{file}: not a state that can be resumed ({str(error).splitlines()[0]:.200}); remove {out_dir} to begin anew") from None
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"{file}: not a state that can be resumed ({(str(error).splitlines() or [''])[0]:.200}); remove {out_dir} to begin anew") from None
     if parallel.leads():
         cut_log(out_dir / "log.jsonl", state["step"])
     return state, records
@@ -119,6 +121,6 @@ def load_state(out_dir, W, optimizer):
 def cut_log(file, steps):
     """Leave of a log what belongs to so many steps; ValueError where it holds fewer, or something else."""
     lines = read_text(file).splitlines(keepends=True)[:steps]
-    if any(parse_json(line, f"{file}:{i + 1}").get("step") != i for i, line in enumerate(lines)) or len(lines) < steps:
+    if [found.get("step") for found in parse_log("".join(lines), file)] != list(range(steps)):
         raise ValueError(f"{file}: not the log of the {steps} steps that were saved; remove {file.parent} to begin anew")
     write_whole(file, lambda part: part.write_text("".join(lines), encoding="utf-8"))

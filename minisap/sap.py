@@ -32,10 +32,11 @@ class NotFinite(ArithmeticError):
 
 
 def check_finite(quantities):
-    """quantities: {name: number}."""
+    """quantities: {name: number, or list of numbers}."""
     for name, value in quantities.items():
-        if not math.isfinite(value):
-            raise NotFinite(f"{name} is {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if not math.isfinite(number):
+                raise NotFinite(f"{name} is {number}")
 
 
 def token_nll(model, batch, probe=None, hidden=None):
@@ -234,7 +235,9 @@ def fit_rows(model, W, g_safe, examples, gate, batch_size):
     than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
     slopes, steepness = slopes_of(model, W, unit(g_safe), examples, batch_size), inner(g_safe, g_safe).sqrt().item()
-    check_finite({"the norm of ∇L_safe": steepness} | {f"the slope of {sources([example])}": slope for example, slope in zip(examples, slopes.tolist())})
+    check_finite({"the norm of ∇L_safe": steepness})
+    for example, slope in zip(examples, slopes.tolist()):
+        check_finite({f"the slope of {sources([example])}": slope})
     return slopes >= -gate * steepness
 
 

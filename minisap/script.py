@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from minisap import parallel
-from minisap.checkpoint import DTYPES, load_config, read_object, weights_crc32
+from minisap.checkpoint import DTYPES, load_config, out_of_memory, read_object, weights_crc32
 from minisap.sap import NotFinite
 from minisap.tokenizer import FORMATS, Tokenizer
 
@@ -84,9 +84,8 @@ def run(main, interrupted="interrupted"):
     """Call main(). What is wrong with its input becomes one line on stderr and exit status 2, a number that is none status 3; Ctrl-C says `interrupted`."""
     rank = int(os.environ.get("RANK", 0))                               # of the processes of torchrun
     error_of = f"error (process {rank})" if rank else "error"
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")                        # a terminal without a κ must not end a run
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")                        # a terminal without a κ must not end a run
     try:
         main()
     except NotFinite as error:
@@ -96,7 +95,7 @@ def run(main, interrupted="interrupted"):
         print(f"{error_of}: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):           # a CPU's has no class of its own
+        if not out_of_memory(error):
             raise
         needed = (str(error).splitlines() or ["out of memory"])[0].split("DefaultCPUAllocator: ")[-1]
         print(f"{error_of}: {needed} Shorter --max_len, smaller batches, --checkpointing or --dtype bfloat16 need less.", file=sys.stderr)

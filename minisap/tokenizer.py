@@ -10,8 +10,8 @@ from minisap.checkpoint import read_object, read_text
 VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 MAX_BYTES = 10**8                                                   # of tokenizer.json; the largest that we know has 33 MB
-# The first of the private characters that stand for control tokens in messages, which are words there.
-MARK = "\U000f0000"
+# The first of the characters that stand for control tokens in messages, which are words there; Unicode has none in this place.
+MARK = "\U00050000"
 # The system message that a chatml template spells out, for conversations that have none.
 CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^{}'\"<]+)<\|im_end\|>")
 
@@ -142,8 +142,9 @@ class Tokenizer:
         if self.vocab_size > 2**20:                                 # the library would count up to there
             raise ValueError(f"{file}: an id of {self.vocab_size - 1} is beyond any vocabulary")
         self.marks = self.as_words()
-        self.control_ids = {self.tokens.token_to_id(token) for token, _ in self.marks.values()}
-        self.control = re.compile("|".join(re.escape(token) for token, _ in sorted(self.marks.values(), key=lambda found: -len(found[0]))) or "(?!)")
+        unknown = json.loads(self.tokens.to_str())["model"].get("unk_token")                                 # any text may come to that
+        control = sorted({token for token, _ in self.marks.values()} - {unknown}, key=len, reverse=True)
+        self.control_ids, self.control = {self.tokens.token_to_id(token) for token in control}, re.compile("|".join(map(re.escape, control)) or "(?!)")
         if self.tokens.token_to_id(self.end_of_turn) is None:
             raise ValueError(f"{path}: chat_format {self.chat_format} ends a turn with {self.end_of_turn}, which is no token here")
         self.stop_ids = {self.tokens.token_to_id(self.end_of_turn)}
@@ -159,10 +160,12 @@ class Tokenizer:
         tokenizer's own rules add one and the text does not already begin with it."""
         ids = []
         try:
-            for part in re.split(f"([{MARK}-\U000ffffd])", text):
+            for part in re.split(f"([{''.join(self.marks)}])", text) if self.marks else [text]:
                 new = self.marks[part][1] if part in self.marks else self.tokens.encode(part, add_special_tokens=False).ids
-                if part not in self.marks and sum(i in self.control_ids for i in new) != len(self.control.findall(part)):
-                    raise ValueError("a control token in other letters, which this tokenizer takes for the token itself")
+                surplus = 0 if part in self.marks else sum(i in self.control_ids for i in new) - len(self.control.findall(part))
+                if surplus:
+                    raise ValueError("a control token in other letters, which this tokenizer takes for the token itself" if surplus > 0 else
+                                     "this tokenizer does not find a control token where the chat format has one")
                 ids += new
         except Exception as error:                                  # the library's is plain: a word that a word-level vocabulary lacks
             known = f"; the synthetic world's model knows the {len(self.tokens.get_vocab())} words of minisap/world.py alone" * (self.world_seed is not None)
@@ -172,7 +175,7 @@ class Tokenizer:
     def as_words(self):
         """{mark: (control token, its ids as the mere text that it is in a message)}. A control token is one that the file calls special, or that the chat
         format writes."""
-        written = self.render_turns(None, [("user", ""), ("assistant", ""), ("user", "")], True)
+        written = self.render_turns(None if self.chat_format == "world" else "-", [("user", ""), ("assistant", ""), ("user", "")], True)
         added = [token.content for token in self.tokens.get_added_tokens_decoder().values() if token.special or token.content.strip() and token.content in written]
         words = tokenizers.Tokenizer.from_str(json.dumps(json.loads(self.tokens.to_str()) | {"added_tokens": []}))
         return {chr(ord(MARK) + i): (token, words.encode(token, add_special_tokens=False).ids) for i, token in enumerate(added)}
@@ -181,7 +184,7 @@ class Tokenizer:
         """A message in which every control token is marked, so that it ends no turn and begins none. ValueError where the vocabulary has it as a word, and where
         the message has our marks."""
         if any(mark in content for mark in self.marks):
-            raise ValueError(f"a message holds a character of private use, {ascii(next(mark for mark in self.marks if mark in content))}, which stands for a control token here")
+            raise ValueError(f"a message holds the character {ascii(next(mark for mark in self.marks if mark in content))}, which stands for a control token here")
         for mark, (token, ids) in self.marks.items():
             if token in content and self.tokens.token_to_id(token) in ids:
                 raise ValueError(f"a message holds {token}, which this tokenizer can't tell from the end or the beginning of a turn")

@@ -52,6 +52,7 @@ SUBJECTS = {
     "safety.csv": training(), "safety.json": training(safety="safety.json"), "safety.jsonl": training(safety="safety.jsonl"), "benign.csv": training(),
     "run/train_args.json": resuming, "run/start.json": resuming, "run/pairs.json": resuming, "run/mix/state/state.pt": resuming, "run/mix/log.jsonl": resuming,
     "done/mix/eval.json": lambda: eval_script.main(["--table", "done", "other", "--against", "mix", "--out_dir", "out"]), "done/train_args.json": lambda: eval_script.main(["done/mix", "--n_eval", "2"]),
+    "done/mix/log.jsonl": lambda: eval_script.main(["done", "other", "--curves"]),
     "done/start.json": lambda: eval_script.main(["done", "other", "--curves"]),
 }
 
@@ -142,6 +143,8 @@ def places(value, path=()):
 
 def change_json(data, chance):
     """With one to three values replaced, removed, or put in twice."""
+    if chance.random() < 0.05:
+        return json.dumps(chance.choice(STRANGE)).encode()
     value = json.loads(data)
     for _ in range(chance.choice((1, 1, 3))):
         found = places(value)
@@ -177,7 +180,7 @@ def change_header(data, chance):
 
 def listing(folder):
     """What lies beside the output directories."""
-    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.relative_to(folder).parts[1] not in ("out", "run", "told")}
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.relative_to(folder).parts[1:2] not in (("out",), ("run",), ("told",))}
 
 
 def attempt(command, folder):
@@ -231,9 +234,11 @@ def campaign(n, seed, keep=None):
     with tempfile.TemporaryDirectory() as whole:
         whole = Path(whole)
         silent, sys.stdout, sys.stderr = (sys.stdout, sys.stderr), open(os.devnull, "w"), open(os.devnull, "w")
-        write_inputs(whole)
-        write_runs(whole)
-        sys.stdout, sys.stderr = silent
+        try:
+            write_inputs(whole)
+            write_runs(whole)
+        finally:
+            sys.stdout, sys.stderr = silent
         for i in range(n):
             name, command = list(SUBJECTS.items())[i % len(SUBJECTS)]
             with tempfile.TemporaryDirectory() as outer:

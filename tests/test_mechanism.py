@@ -173,7 +173,7 @@ def test_watching_a_step_along_the_direction_of_harm(tiny_world):
 
 def test_watching_a_return_to_the_start_of_safety_training(chat):
     """W goes back to where it was before safety training: all of the change lies in the directions that this wrote, backwards."""
-    (model, tokenizer), rows = chat, [{"prompt": "a", "safe": "b", "harmful": "c"}] * 2
+    (model, tokenizer), rows = chat, [{"prompt": "a", "safe": "b", "harmful": "c", "source": "a:1"}] * 2
     before, end = (tiny_model(BASE | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}, seed=seed) for seed in (1, 0))
     W = [w for name, w in model.named_parameters()]
     watch = Watch(model, W, tokenizer, rows, ["a", "b"], 64, before)

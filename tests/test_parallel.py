@@ -52,12 +52,18 @@ def test_a_process_may_have_no_row_at_all(tmp_path):
 
 
 def test_a_run_that_lacks_its_end_alone_is_taken_up_by_two(tmp_path, monkeypatch):
-    """The lead, who has nothing left to do, waits until the other has read the state that it removes."""
+    """The lead, who has nothing left to do, removes the state when the other has read it."""
     monkeypatch.setattr(train, "finish", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(["--out_dir", str(tmp_path / "run"), *FAST, "--method", "sft"])
     done = by_two(tmp_path / "run", "--method", "sft", "--resume")
     assert done.returncode == 0 and (tmp_path / "run" / "sft" / "eval.json").exists(), done.stderr[-2000:]
+
+
+def test_what_the_lead_alone_finds_wrong_is_one_line(tmp_path):
+    train.main(["--out_dir", str(tmp_path / "run"), *FAST, "--method", "sft"])
+    done = by_two(tmp_path / "run", "--method", "sft", "--resume", "--batch_size", "4")
+    assert done.returncode != 0 and done.stderr.count("error: --resume: ") == 1 and "[rank1]" not in done.stderr, done.stderr
 
 
 def test_what_cannot_be_split_is_refused(tmp_path):

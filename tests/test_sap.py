@@ -406,6 +406,15 @@ def test_the_methods_pass_every_argument_on(world):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
+def test_a_slope_that_is_no_number_is_found_though_another_row_has_its_source(world, monkeypatch):
+    """Which row it is must not depend on its name."""
+    model, W, _, _ = world
+    monkeypatch.setattr(sap, "slopes_of", lambda *args: torch.tensor([1.0, float("nan"), 1.0]))
+    rows = [{"source": "a:1"}, {"source": "a:2"}, {"source": "a:2"}]
+    with pytest.raises(sap.NotFinite, match="the slope of a:2 is nan"):
+        sap.fit_rows(model, W, [torch.ones_like(w) for w in W], rows, 0.5, 2)
+
+
 def test_checkpointing_changes_no_bit(world):
     """Of the gradients, the double derivative and the slopes; and what is kept is less."""
     model, W, batch, pairs = world

@@ -226,11 +226,18 @@ def test_a_state_that_is_damaged_is_named(start, tmp_path):
         train(start, out, "--method", "sft", "--resume")
 
 
-def test_eval_holds_out_no_row_that_the_run_has_learnt(start, tmp_path):
-    out = train(start, tmp_path / "run", "--method", "sft")
-    with pytest.raises(ValueError, match="--n_eval 7: .*train_args.json held out 6 rows; more would be such as it may have learnt"):
-        eval_script.main([str(out / "sft"), "--n_eval", "7"])
+def test_eval_measures_on_no_row_that_the_run_has_learnt(start, tmp_path):
+    """However its file is named; on fewer of those held out, or on others, it does."""
+    one, other = (write(tmp_path / f"{name}.jsonl", "".join(json.dumps({"prompt": f"{name}{i}", "response": "a"}) + "\n" for i in range(20))) for name in ("one", "other"))
+    out = train(start, tmp_path / "run", "--method", "sft", "--task", one)
+    for more in (["--n_eval", "7"], ["--n_eval", "7", "--task", str(tmp_path / "run" / ".." / "one.jsonl")], ["--task", f"{one}[:20]", "--n_eval", "12"]):
+        with pytest.raises(ValueError, match=r"[0-9]+ of the (7|12) rows to measure on are among those that the run of .*train_args.json may have learnt; it held out 6"):
+            eval_script.main([str(out / "sft"), *more])
     eval_script.main([str(out / "sft"), "--n_eval", "5"])
+    eval_script.main([str(out / "sft"), "--n_eval", "9", "--task", other])
+    write(tmp_path / "one.jsonl", open(one).read() + json.dumps({"prompt": "new", "response": "a"}) + "\n")
+    with pytest.raises(ValueError, match="the rows of this run have changed since"):
+        eval_script.main([str(out / "sft"), "--n_eval", "5"])
 
 
 def test_held_out_rows_that_are_trained_on_are_counted(start, tmp_path, capsys):
@@ -433,7 +440,7 @@ def test_the_command_itself_ends_with_its_status(chat_format, status, start, tmp
 
 
 @pytest.mark.parametrize("of, told", [("safety_loss", r"error: sap, before the first step: safety_loss of \S+pairs.json: row 1, \S+ row 2 is nan"),
-                                      ("slopes_of", r"error: sap, before the first step: the slope of demo:\d+ is nan")])
+                                      ("slopes_of", r"error: sap, before the first step: the slope of demo:\w+:\d+ is nan")])
 def test_a_number_that_is_not_finite_leaves_out_no_row_in_silence(of, told, start, tmp_path, monkeypatch, capsys):
     real = getattr(sap, of)
     monkeypatch.setattr(sap, of, lambda *args: real(*args) * float("nan"))

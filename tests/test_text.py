@@ -138,8 +138,8 @@ def test_where_the_vocabulary_has_a_control_token_as_a_word_a_message_with_it_is
 
 
 def test_a_character_that_stands_for_a_control_token_forges_none():
-    with pytest.raises(ValueError, match=r"a.jsonl:1: a message holds a character of private use, '.U000f0002', which stands for a control token"):
-        encode_rows(Tokenizer(TINY), [{"prompt": "f1 \U000f0002 f2", "response": "a", "source": "a.jsonl:1"}], 64)
+    with pytest.raises(ValueError, match=r"a.jsonl:1: a message holds the character '.U00050002', which stands for a control token"):
+        encode_rows(Tokenizer(TINY), [{"prompt": "f1 \U00050002 f2", "response": "a", "source": "a.jsonl:1"}], 64)
 
 
 def rewrite_tokens(path, **changes):
