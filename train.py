@@ -79,6 +79,8 @@ def parse_args(argv=None):
                                                 "the safety loss rises; 0: none (default: 0.5)")
     add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
+    add("--refusal_weight", type=float, default=0.0, help="μ: and μ times the gradient of the cross-entropy of the pairs' refusals; tried little yet, see the README's limits "
+                                                          "(default: 0)")
     add("--refresh", type=int, default=1, help="take sap's ∇L_safe (ĝ, and what λ adds) anew every so many steps; more is cheaper (default: 1)")
     add = parser.group("the paper's SAP (paper, paper_project), and other probes")
     add("--layers", help="layers that carry a probe, as 10-19 or 3,9 (default: the middle third)")
@@ -109,7 +111,7 @@ def check_args(args):
     if not 0 <= args.poison <= 1:
         raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
     check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every", "watch_every", "refresh")
-    check_minimum(args, 0, "radius", "gate", "epsilon", "safety_weight", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
+    check_minimum(args, 0, "radius", "gate", "epsilon", "safety_weight", "refusal_weight", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
     if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
         raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
     if len(set(args.method)) < len(args.method):

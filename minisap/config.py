@@ -64,7 +64,7 @@ def number(settings, key, default=None):
     value = default if value is None else value
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise ValueError(f"{key} = {value!r:.80} is no positive number of a model")
-    return value
+    return float(value)
 
 
 def read_rope(hf) -> dict:

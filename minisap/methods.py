@@ -24,7 +24,8 @@ def sft(model, W, batch, contrast, args, state):
 
 def sap(model, W, batch, contrast, args, state):
     """Safety-Aware Probing with the probe on the rows (see choose_rows), the projection and the safety loss's own gradient; see sap.py."""
-    return sap_step(model, W, batch, contrast, state, projection=args.projection == "on", safety_weight=args.safety_weight, refresh=args.refresh)
+    return sap_step(model, W, batch, contrast, state, projection=args.projection == "on", safety_weight=args.safety_weight, refusal_weight=args.refusal_weight,
+                    refresh=args.refresh)
 
 
 def choose_rows(model, W, task, pairs, args):
@@ -99,7 +100,7 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
     return RELEASED_LR * (m / (1 - beta_1**count)) / ((v / (1 - beta_2**count)).sqrt() + 1e-8)
 
 
-READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refresh": ("sap",), "epsilon": ("paper", "paper_project"),
+READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refusal_weight": ("sap",), "refresh": ("sap",), "epsilon": ("paper", "paper_project"),
            "radius": ("paper", "paper_project", "random_probe"), "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project")}
 FIRST = {"sap": choose_rows}                                                                  # before the first step, by the start's weights
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs

@@ -59,8 +59,11 @@ def read_run_args(file):
     for key, types in TYPES.items():
         if key not in found:
             raise ValueError(f"{file}: {key} is missing")
-        if type(found[key]) not in types or key == "task" and not all(isinstance(name, str) for name in found[key] or ()) or found[key] not in CHOICES.get(key, (found[key],)):
-            raise ValueError(f"{file}: {key} = {found[key]!r:.80}, which train.py does not write")
+        value = found[key]
+        wrong = (type(value) not in types or key == "task" and not all(name and isinstance(name, str) for name in value or ())
+                 or types == (int,) and value < (key != "seed") or key in CHOICES and value not in CHOICES[key])
+        if wrong:
+            raise ValueError(f"{file}: {key} = {value!r:.80}, which train.py does not write")
     return found
 
 

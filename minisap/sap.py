@@ -265,9 +265,9 @@ def paper_step(model, W, batch, contrast, layers, radius, epsilon=0.0, projectio
     return project_out_harm(g_W, g_hat) if projection else g_W, log
 
 
-def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.0, refresh=1):
+def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.0, refusal_weight=0.0, refresh=1):
     """(gradient, log) of one step with the probe on the rows: of the batch those are left that count (fit_rows), maybe none. Then the projection, then
-    the safety loss's own gradient; without either SFT, bit for bit.
+    the safety loss's own gradient, and that of the refusals' cross-entropy; without all of these SFT, bit for bit.
     state: {"step": the number of this one} and what is kept between steps.  refresh: ∇_W L_safe, and so ĝ, is that of the last step
     whose number is a multiple of it."""
     log, g_safe = {}, state.get("g_safe")
@@ -281,4 +281,9 @@ def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.
         g_W, log["loss"] = gradient(loss, W), loss.item()                                   # line 6
     log["conflict"] = inner(g_W, g_hat).item()
     g_W = project_out_harm(g_W, g_hat) if projection else g_W
-    return [g + safety_weight * s for g, s in zip(g_W, g_safe)] if safety_weight else g_W, log
+    if safety_weight:
+        g_W = [g + safety_weight * s for g, s in zip(g_W, g_safe)]
+    if refusal_weight:
+        refusals = useful_loss(model, contrast["safe"])
+        g_W, log["refusal_loss"] = [g + refusal_weight * r for g, r in zip(g_W, gradient(refusals, W))], refusals.item()
+    return g_W, log

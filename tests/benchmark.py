@@ -65,7 +65,7 @@ def ours(args, method):
     W, state = add_lora(model), {"step": 0}
     optimizer, (_, batch, contrast) = torch.optim.AdamW(W, lr=1e-5, weight_decay=0.0), batches(args)
     options = Namespace(layers=list(range(model.config.n_layers // 3, 2 * model.config.n_layers // 3)), radius=0.002, epsilon=0.0, projection="on",
-                        safety_weight=0.02, refresh=1, strength={})
+                        safety_weight=0.02, refusal_weight=0.0, refresh=1, strength={})
 
     def step(i):
         grads, _ = METHODS[method](model, W, batch(i), contrast(i), options, state)

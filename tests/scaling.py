@@ -26,7 +26,7 @@ from train import update  # noqa: E402
 BASE = {"layers": 4, "width": 256, "tokens": 64, "pairs": 4}                    # tokens: of a row, half of them the answer; 8 rows
 GROWN = {"layers": (2, 4, 8, 16), "width": (128, 256, 512, 1024), "tokens": (32, 64, 128, 256), "pairs": (2, 4, 8, 16)}
 VOCAB, HEADS, ROWS, REPETITIONS = 8192, 8, 8, 7
-OPTIONS = Namespace(projection="on", safety_weight=0.02, refresh=1)
+OPTIONS = Namespace(projection="on", safety_weight=0.02, refusal_weight=0.0, refresh=1)
 
 
 def example(random, tokens):

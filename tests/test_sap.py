@@ -207,6 +207,14 @@ def test_g_hat_is_kept_between_refreshes(world):
         assert all(torch.equal(a, b) for a, b in zip(found, expected)) and ("safety_loss" in log) == (step % 2 == 0)
 
 
+def test_the_refusal_weight_adds_the_gradient_of_the_refusals_cross_entropy(world):
+    model, W, batch, pairs = world
+    found, log = sap_step(model, W, batch, pairs, {"step": 0}, projection=False, refusal_weight=0.3)
+    for a, b in zip(found, torch.autograd.grad(useful_loss(model, batch) + 0.3 * useful_loss(model, pairs["safe"]), W)):
+        torch.testing.assert_close(a, b)
+    assert log["refusal_loss"] == useful_loss(model, pairs["safe"]).item()
+
+
 def test_the_safety_weight_adds_the_safety_loss_s_gradient_after_the_projection(world):
     model, W, batch, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
@@ -297,7 +305,7 @@ def test_norms_and_projections_do_not_suffer_from_half_precision(dtype):
     assert projected[0].dtype == dtype and abs(inner(projected, g_hat).item()) < 1e-3
 
 
-ARGS = Namespace(gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="on", safety_weight=0.0, refresh=1, seed=0, steps=9, strength=STRENGTH)
+ARGS = Namespace(gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="on", safety_weight=0.0, refusal_weight=0.0, refresh=1, seed=0, steps=9, strength=STRENGTH)
 
 
 def test_without_probe_and_projection_sap_and_the_paper_s_are_sft_bit_for_bit(world):
@@ -391,10 +399,10 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
 def test_the_methods_pass_every_argument_on(world):
     model, W, batch, pairs = world
     both = collate(ROWS)
-    args = Namespace(**{**vars(ARGS), "layers": [0], "radius": 0.3, "epsilon": 0.1, "safety_weight": 0.3, "refresh": 2})
-    for change in ({}, {"projection": "off"}, {"safety_weight": 0.0}):
+    args = Namespace(**{**vars(ARGS), "layers": [0], "radius": 0.3, "epsilon": 0.1, "safety_weight": 0.3, "refusal_weight": 0.2, "refresh": 2})
+    for change in ({}, {"projection": "off"}, {"safety_weight": 0.0}, {"refusal_weight": 0.0}):
         changed = {**vars(args), **change}
-        expected, _ = sap_step(model, W, both, pairs, {"step": 0}, changed["projection"] == "on", changed["safety_weight"], refresh=2)
+        expected, _ = sap_step(model, W, both, pairs, {"step": 0}, changed["projection"] == "on", changed["safety_weight"], changed["refusal_weight"], refresh=2)
         found, _ = METHODS["sap"](model, W, both, pairs, Namespace(**changed), {"step": 0})
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
     state = {"step": 0}
