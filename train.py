@@ -12,11 +12,11 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from tqdm import tqdm
@@ -45,7 +45,7 @@ WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_st
 
 
 # The first sentence of every method's docstring.
-METHODS_TOLD = "methods:\n" + "\n".join(f"  {name:14} {re.split(r'[.:](?: |$)', ' '.join((method.__doc__ or '').split()))[0]}" for name, method in METHODS.items())
+METHODS_TOLD = "methods:\n" + "\n".join(f"  {name:14} {shorten((method.__doc__ or '').split('. ')[0], 150, placeholder=' …')}" for name, method in METHODS.items())
 
 
 def parse_args(argv=None):
@@ -94,7 +94,8 @@ def parse_args(argv=None):
     add("--watch_every", type=int, default=10, help="(default: 10)")
     add("--before", help="for --watch and safelora: the checkpoint before its safety training, whose directions ΔW is compared with")
     add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: 0, only before and after)")
-    add("--save_every", type=int, default=10, help="save the state for --resume every so many steps (default: 10)")
+    add("--save_every", type=int, default=10, help="save the state for --resume every so many steps, or less often if that took more than a twentieth "
+                                                     "of the time (default: 10)")
     if of_world(parser.parse_known_args(argv)[0].model):
         parser.set_defaults(**WORLD)
     return parser.parse_args(argv)
@@ -197,7 +198,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     state, records = load_state(out_dir, W, optimizer)
     if method in FIRST and not state["step"]:                           # W are the start's
         choose_first(args, method, model, W, task, pairs, state, out_dir)
-    counts = state.get("counts", [True] * len(task))
+    counts, due = state.get("counts", [True] * len(task)), 0.0
     with open(out_dir / "log.jsonl" if parallel.leads() else os.devnull, "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method, disable=not parallel.leads()):
             began = time.perf_counter()
@@ -230,9 +231,9 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 kept = end(args, method, model, W, state)
                 records += measure(model, method, step + 1)
                 put(W, kept)
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            if (step + 1) % args.save_every == 0 and time.perf_counter() >= due or step + 1 == args.steps:
                 log_file.flush()
-                save_state(out_dir, W, optimizer, state, records)
+                due = save_state(out_dir, W, optimizer, state, records)
     return finish(args, method, model, W, state, records, measure, start, out_dir) if parallel.leads() else []
 
 

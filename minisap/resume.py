@@ -1,6 +1,7 @@
 """The directory of a run: claimed once, its state saved as training goes, and taken up again by --resume."""
 import fcntl
 import os
+import time
 import zipfile
 from pathlib import Path
 
@@ -87,11 +88,15 @@ def claim_out_dir(args):
 
 
 def save_state(out_dir, W, optimizer, state, records):
+    """Returns when the next one is due, by time.perf_counter(): saving is to take no more than a twentieth of the time."""
+    began = time.perf_counter()
     if not parallel.leads():
-        return
+        return began
     whole = {"W": [w.detach() for w in W], "optimizer": optimizer.state_dict(), "state": state, "records": records}
     (out_dir / "state").mkdir(exist_ok=True)
     write_whole(out_dir / "state" / "state.pt", lambda part: torch.save(whole, part))
+    now = time.perf_counter()
+    return now + 19 * (now - began)
 
 
 def load_state(out_dir, W, optimizer):

@@ -25,6 +25,24 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bytes(tmp_pat
     assert sum(killed.values()) == 25 and len(killed) > 5 and not wrong
 
 
+def test_saving_takes_no_more_than_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    """By a clock of our own: a step takes a second, as does a save. After the first, at step 2, the next is due 19 seconds later, at an even step."""
+    clock, saved, real, update = [0.0], [], resume.write_whole, train_script.update
+
+    def slow(path, write):
+        if path.name == "state.pt":
+            clock[0] += 1
+            saved.append(clock[0])
+        return real(path, write)
+
+    monkeypatch.setattr(resume, "write_whole", slow)
+    monkeypatch.setattr(train_script, "update", lambda *args: clock.__setitem__(0, clock[0] + 1) or update(*args))
+    for module in (resume, train_script):
+        monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    train_script.main([*FEW, "--method", "sap", "--steps", "50", "--save_every", "2", "--out_dir", str(tmp_path / "run")])
+    assert saved == [3, 24, 45, 54]
+
+
 class Killed(BaseException):
     """Stands for a SIGKILL, which nothing catches."""
 
