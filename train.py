@@ -79,8 +79,7 @@ def parse_args(argv=None):
                                                 "the safety loss rises; 0: none (default: 0.5)")
     add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
-    add("--refusal_weight", type=float, default=0.0, help="μ: and μ times the gradient of the cross-entropy of the pairs' refusals; tried little yet, see the README's limits "
-                                                          "(default: 0)")
+    add("--refusal_weight", type=float, default=0.0, help="μ: and μ times that of the pairs' refusals' cross-entropy; tried little yet, see README's limits (default: 0)")
     add("--refresh", type=int, default=1, help="take sap's ∇L_safe (ĝ, and what λ adds) anew every so many steps; more is cheaper (default: 1)")
     add = parser.group("the paper's SAP (paper, paper_project), and other probes")
     add("--layers", help="layers that carry a probe, as 10-19 or 3,9 (default: the middle third)")
@@ -94,8 +93,7 @@ def parse_args(argv=None):
     add("--watch_every", type=int, default=10, help="(default: 10)")
     add("--before", help="for --watch and safelora: the checkpoint before its safety training, whose directions ΔW is compared with")
     add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: 0, only before and after)")
-    add("--save_every", type=int, default=10, help="save the state for --resume every so many steps, or less often if that took more than a twentieth "
-                                                     "of the time (default: 10)")
+    add("--save_every", type=int, default=10, help="save the state for --resume every so many steps; less often where that took over a twentieth of the time (default: 10)")
     if of_world(parser.parse_known_args(argv)[0].model):
         parser.set_defaults(**WORLD)
     return parser.parse_args(argv)

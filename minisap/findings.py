@@ -101,10 +101,10 @@ def other_tables(found):
     refused = lambda r: f"{100 * sum(r['refused']) / few:.0f}"
     steps = lambda r: " ".join("–" if n is None else f"{n:.0f}" for n in r["steps_to_break"])
     ends = [r for r in found["budgets"] if "steps_to_break" in r]
-    chosen = [{"setting": setting, "of": of, "each": each} for setting, shares in found["filter"].items() for of, each in shares.items()]
+    chosen = [{"setting": setting, "of": of, "each": each[:1] if len(set(each)) == 1 else each} for setting, shares in found["filter"].items() for of, each in shares.items()]
     return [
         crossed("% of the rows that sap's filter leaves out: each seed, or one number where all seeds have the same", "setting", chosen, lambda r: r["setting"],
-                lambda r: {"found": "of the harmful rows", "harmless": "of the others"}[r["of"]], lambda r: ", ".join(f"{100 * share:.1f}" for share in (set(r["each"]) if len(set(r["each"])) == 1 else r["each"]))),
+                lambda r: {"found": "of the harmful rows", "harmless": "of the others"}[r["of"]], lambda r: ", ".join(f"{100 * share:.1f}" for share in r["each"])),
         crossed(f"one setting changed, one harmful row in ten: mean of {few} seeds [95 % interval]", "setting", found["sensitivity"], lambda r: r["setting"],
                 lambda r: SENSITIVE[r["metric"]], lambda r: f"{r['mean']:.3f}" if r["metric"] == "task_loss" else share_cell(r)),
         crossed(f"harmful % by the share of harmful rows, which is exact: mean of {few} seeds [95 % interval]", "method", found["sweep"], lambda r: r["method"],

@@ -13,8 +13,6 @@ from minisap.sap import put
 from minisap.tokenizer import FORMATS
 
 LOCK = ".lock"
-
-
 # What eval.py takes over from train_args.json, and the types that stand there.
 TYPES = {"task": (list, type(None)), "safety": (str, type(None)), "benign": (str, type(None)), "pairs": (int,), "n_eval": (int,), "max_len": (int,), "chat_format": (str,),
          "dtype": (str,), "seed": (int,), "steps": (int,), "batch_size": (int,), "pairs_per_step": (int,)}

@@ -98,20 +98,17 @@ def measure_models(folder, sets, max_len=256):
 def claim_folder(folder, settings):
     """Make the study's directory, or check that it holds this study, of whatever seeds. Returns its lock."""
     file = folder / "study_args.json"
-    if not file.exists():
-        if occupied(folder):
-            raise ValueError(f"--out_dir {folder}: holds something else; choose another")
-        lock = lock_folder(folder)
-        if not file.exists():                                           # else it is another's, who was first
-            write_json(file, settings)
-            return lock
-        lock.close()
-    old = read_object(file)
+    if not file.exists() and occupied(folder):
+        raise ValueError(f"--out_dir {folder}: holds something else; choose another")
+    lock = lock_folder(folder)
+    old = read_object(file) if file.exists() else settings
     for key in sorted(old.keys() | settings.keys()):
         if old.get(key) != settings.get(key):
             raise ValueError(f"--out_dir {folder}: holds another study, with {key} = {old.get(key)!r:.80}; this one has "
                              f"{settings.get(key)!r:.80}")
-    return lock_folder(folder)
+    if not file.exists():
+        write_json(file, settings)
+    return lock
 
 
 def run_study(folder, seeds, n):

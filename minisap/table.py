@@ -86,11 +86,12 @@ def compare(method, runs, against):
     harmful, n = hits(runs, "harmful_score"), len(hits(runs, "harmful_score")[0])
     each = [sum(row) / n for row in harmful]
     low, high = share_interval(each, n)
+    rows = loss_rows(runs, against)
     found = {"method": method, "seeds": list(runs), "n": n, "harmful_score": sum(each) / len(each), "ci_low": low, "ci_high": high, "each": each,
              "task_loss": losses(runs), "safer": difference(harmful, hits(against, "harmful_score"), 1),
-             "more_useful": difference(*loss_rows(runs, against)),
+             "more_useful": difference(*rows),
              "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
-    found["over_seeds_alone"] = all(len(rows) == 1 for rows in loss_rows(runs, against)[0])
+    found["over_seeds_alone"] = all(len(of_seed) == 1 for of_seed in rows[0])
     found["seconds"] = [at(records, "seconds", last_step(records))["value"] for records in runs.values()]
     for metric in ("over_refusal", "refusal_rate", "task_accuracy"):
         ends = [at(records, metric, last_step(records)) for records in runs.values()]

@@ -141,8 +141,8 @@ class Tokenizer:
         self.vocab_size = max(self.tokens.get_vocab().values(), default=-1) + 1
         if self.vocab_size > 2**20:                                 # the library would count up to there
             raise ValueError(f"{file}: an id of {self.vocab_size - 1} is beyond any vocabulary")
-        self.marks = self.as_words()
-        unknown = json.loads(self.tokens.to_str())["model"].get("unk_token")                                 # any text may come to that
+        whole = json.loads(self.tokens.to_str())
+        self.marks, unknown = self.as_words(whole), whole["model"].get("unk_token")                         # any text may come to the latter
         control = sorted({token for token, _ in self.marks.values()} - {unknown}, key=len, reverse=True)
         self.control_ids, self.control = {self.tokens.token_to_id(token) for token in control}, re.compile("|".join(map(re.escape, control)) or "(?!)")
         if self.tokens.token_to_id(self.end_of_turn) is None:
@@ -172,12 +172,12 @@ class Tokenizer:
             raise ValueError(f"{text[:40]!r} …: {error}{known}") from None
         return ids if ids[:1] == self.bos else self.bos + ids
 
-    def as_words(self):
-        """{mark: (control token, its ids as the mere text that it is in a message)}. A control token is one that the file calls special, or that the chat
+    def as_words(self, whole):
+        """Of the file's content {mark: (control token, its ids as the mere text that it is in a message)}. A control token is one that the file calls special, or that the chat
         format writes."""
         written = self.render_turns(None if self.chat_format == "world" else "-", [("user", ""), ("assistant", ""), ("user", "")], True)
         added = [token.content for token in self.tokens.get_added_tokens_decoder().values() if token.special or token.content.strip() and token.content in written]
-        words = tokenizers.Tokenizer.from_str(json.dumps(json.loads(self.tokens.to_str()) | {"added_tokens": []}))
+        words = tokenizers.Tokenizer.from_str(json.dumps(whole | {"added_tokens": []}))
         return {chr(ord(MARK) + i): (token, words.encode(token, add_special_tokens=False).ids) for i, token in enumerate(added)}
 
     def mark(self, content):

@@ -1,6 +1,6 @@
 """Damaged input, one file at a time: a script either works with it, or ends with status 2 (3: numbers that are none) and one line that names the file.
 
-    python tests/fuzz.py --n 2000 --seed 0 --json fuzz.json        about ten minutes on one core; the tests run a short one
+    python tests/fuzz.py --n 2000 --seed 0 --json fuzz.json        two minutes on one core; the tests run a short one
 
 Every input is tried in a process of its own, within 10 seconds, and must write nothing beside its output directory and take no more memory than
 twice its files and a constant. The first files that break this are kept in --keep.
@@ -73,7 +73,7 @@ def write_inputs(folder):
 
 
 def write_runs(folder):
-    """A run that stopped after its first step, and one that is done."""
+    """A run that lacks its end alone, and two that are done."""
     def stop(*args):
         raise KeyboardInterrupt
     real, train_script.finish = train_script.finish, stop
