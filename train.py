@@ -10,7 +10,6 @@ Writes OUT_DIR/METHOD/ as a checkpoint directory (merged weights, config, tokeni
 """
 import itertools
 import json
-import math
 import os
 import shutil
 import time
@@ -25,13 +24,14 @@ from minisap import parallel
 from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, save_adapter, save_model,
                                 weights_crc32, write_json)
 from minisap.align import ALIGN
-from minisap.data import (batch_rows, built_in, collate, collate_pairs, encode_pairs, encode_rows, load_safe_prompts, load_safety_rows, load_splits,
-                          poison_rows, repeated, sha256_of)
+from minisap.data import (batch_rows, built_in, collate, encode_pairs, encode_rows, load_safe_prompts, load_safety_rows, load_splits,
+                          poison_rows, repeated, sha256_of, step_batches)
 from minisap.evaluate import evaluate, print_records, read_measured, record, with_own_refusals
-from minisap.lora import add_lora, merge_lora
+from minisap.lora import merge_lora
 from minisap.mechanism import Watch, print_watched
+from minisap.memory import check_memory
 from minisap.methods import FIRST, METHODS, PAIRLESS, check_read, filtered
-from minisap.model import Llama
+from minisap.optimize import learning_rate_at, trainable, update
 from minisap.resume import check_out_dir, claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, BEFORE, STRENGTH, UNSPLIT, parse_strength
 from minisap.sap import NotFinite, check_finite, copies, put, sources
@@ -138,34 +138,6 @@ def choose_safe_answers(args, model, tokenizer, pairs):
         write_json(file, with_own_refusals(model, tokenizer, pairs) if args.safe_answers == "own" else pairs)
 
 
-def trainable(model, args):
-    """W: LoRA's parameters, or with --lora_rank 0 all of the model's."""
-    if args.lora_rank:
-        return add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
-    return list(model.parameters())
-
-
-def learning_rate_at(step, args):
-    """A linear rise over the first --warmup steps, then constant, or half a cosine to 0."""
-    if step < args.warmup:
-        return args.learning_rate * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.learning_rate * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1)
-
-
-def update(optimizer, W, grads, clip, learning_rate):
-    """Clip the gradient to a norm of at most `clip` (0: no limit) and let the optimizer follow it. Returns the norm before.
-    NotFinite, and no step, where that is."""
-    optimizer.param_groups[0]["lr"] = learning_rate
-    for w, g in zip(W, grads):
-        w.grad = g
-    norm = torch.nn.utils.clip_grad_norm_(W, clip or math.inf).item()
-    check_finite({"the gradient's norm": norm})
-    optimizer.step()
-    optimizer.zero_grad()                                               # the next gradient needs the room
-    return norm
-
-
 def reset_peak(args):
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -202,9 +174,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
             began = time.perf_counter()
             places = batch_rows(range(len(task)), args.batch_size, step, args.seed)
             rows, step_pairs = [task[i] for i in places if counts[i]], batch_rows(pairs, args.pairs_per_step, step, args.seed)
-            batch, contrast = collate(rows, device=args.device), collate_pairs(step_pairs, args.device)
-            if method in ALIGN:
-                contrast["refused"] = collate([row["refused"] for row in rows], device=args.device)
+            batch, contrast = step_batches(rows, step_pairs, args.device)
             with parallel.together():
                 grads, log = METHODS[method](model, W, batch, contrast, args, state)
             looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
@@ -290,13 +260,14 @@ def prepare(args):
         refused = encode_rows(tokenizer, [row | {"response": text} for row, text in zip(rows, refusals)], args.max_len)
         task = [example | {"refused": other} for example, other in zip(task, refused)]
     encode_rows(tokenizer, splits["eval_task"], args.max_len)
-    encode_pairs(tokenizer, splits["pairs"] + splits["eval_unsafe"], args.max_len)
-    with torch.device("meta"):
-        n_trained = sum(w.numel() for w in trainable(Llama(config), args))
+    pairs = encode_pairs(tokenizer, splits["pairs"] + splits["eval_unsafe"], args.max_len)[:len(splits["pairs"])]
+    n_trained = sum(w.numel() for w in trainable(load_model(start, device="meta"), args))             # names and shapes are as the config says
     print(f"{len(rows)} task rows, {sum('poisoned' in row for row in rows)} of them poisoned; {args.pairs} contrastive pairs; "
           f"{n_trained:,} weights to train")
     if seen := repeated(splits["eval_task"], splits["task"], "prompt", "response"):
         print(f"{seen} of the {len(splits['eval_task'])} held-out rows of the task are, word for word, among those to train on: their loss is no loss on new rows")
+    if unfinished := [method for method in args.method if not (args.out_dir / method / "eval.json").exists()]:
+        check_memory(args, unfinished, config, task, pairs)
     return start, tokenizer, splits, safe_prompts, task
 
 

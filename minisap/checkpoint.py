@@ -81,7 +81,7 @@ def load_config(path) -> LlamaConfig:
 
 def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
     """Build the model on the meta device and put the checkpoint's tensors in its place: strict in names and shapes,
-    memory-mapped, converted one tensor at a time, so that the weights are never held twice."""
+    memory-mapped, converted one tensor at a time, so that the weights are never held twice. (With device "meta" these checks are all: no weight is read.)"""
     path = Path(path)
     with torch.device("meta"):
         model = Llama(load_config(path))
@@ -90,7 +90,7 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
         tensors |= read_tensors(file, names, dtype, device)
     if model.config.tie_word_embeddings:                            # some checkpoints store the tied head, some do not
         embedding = tensors.get("model.embed_tokens.weight")
-        if embedding is not None and not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
+        if embedding is not None and device != "meta" and not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
             raise ValueError(f"{path}: config.json ties lm_head to the embedding, but the file holds another lm_head.weight")
         tensors["lm_head.weight"] = embedding
     check_tensors(path, tensors, model.state_dict())

@@ -246,6 +246,15 @@ def contrast_batch(pairs, n, step, seed, device) -> dict:
     return collate_pairs(batch_rows(pairs, n, step, seed), device)
 
 
+def step_batches(rows, pairs, device="cpu"):
+    """(batch, contrast) of a step, as every method takes them: of the task's examples, and of contrastive pairs. Where safety training gives the examples a refusal
+    each, contrast["refused"] are those."""
+    contrast = collate_pairs(pairs, device)
+    if rows and "refused" in rows[0]:
+        contrast["refused"] = collate([row["refused"] for row in rows], device=device)
+    return collate(rows, device=device), contrast
+
+
 def collate_pairs(pairs, device="cpu") -> dict:
     """{"safe": batch, "harmful": batch, "both": batch} of [(safe example, harmful example)] of the same prompts. "both" has prompt, safe and
     harmful answer in one row, so that the prompt is computed once; beside input_ids and labels it tells, of each token, all (B, T),

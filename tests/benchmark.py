@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -24,14 +23,17 @@ from minisap.checkpoint import DTYPES, load_config, load_model  # noqa: E402
 from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows  # noqa: E402
 from minisap.evaluate import print_table  # noqa: E402
 from minisap.lora import add_lora  # noqa: E402
+from minisap.memory import estimate  # noqa: E402
 from minisap.methods import METHODS, ROWS_PER_ROW  # noqa: E402
+from minisap.optimize import update  # noqa: E402
 from minisap.sap import harmful_direction, slopes_of  # noqa: E402
-from minisap.script import find_model  # noqa: E402
+from minisap.script import find_model, parse_layers  # noqa: E402
 from minisap.tokenizer import Tokenizer  # noqa: E402
-from train import update  # noqa: E402
+from train import parse_args  # noqa: E402
 
 RELEASED_LAYERS, RELEASED_EPSILON, RELEASED_LR = (3, 9), 2e-5, 0.05         # layers of 32
 NEW_TOKENS, PROMPTS = 64, 32
+ESTIMATED = {"sft": "sft", "sap, 1 epoch": "sap", "paper_project": "paper_project"}         # whose memory train.py would tell beforehand
 
 
 def joined(rows, keys, n=3):
@@ -39,11 +41,22 @@ def joined(rows, keys, n=3):
     return [{key: " ".join(row[key] for row in rows[i:i + n]) for key in keys} | {"source": rows[i]["source"]} for i in range(0, len(rows) - n, n)]
 
 
-def batches(args):
-    """Functions of the step: (examples of the task, batch, contrast)."""
+def encoded(args):
+    """(examples of the task, contrastive pairs)."""
     tokenizer = Tokenizer(args.model)
     task = encode_rows(tokenizer, joined(demo.task_rows(), ("prompt", "response")), args.max_len)
-    pairs = encode_pairs(tokenizer, joined(demo.safety_rows()[::5], ("prompt", "safe", "harmful"), 2), args.max_len)
+    return task, encode_pairs(tokenizer, joined(demo.safety_rows()[::5], ("prompt", "safe", "harmful"), 2), args.max_len)
+
+
+def options(args):
+    """train.py's arguments for what is measured here, the methods' knobs at their defaults."""
+    flags = {"--model": "none", "--batch_size": args.batch_size, "--pairs_per_step": args.pairs, "--dtype": args.dtype, "--device": args.device}
+    return parse_args([str(part) for flag in flags.items() for part in flag])
+
+
+def batches(args):
+    """Functions of the step: (examples of the task, batch, contrast)."""
+    task, pairs = encoded(args)
     examples = lambda step: batch_rows(task, args.batch_size, step, 0)
     return (examples, lambda step: collate(examples(step), device=args.device),
             lambda step: contrast_batch(pairs, args.pairs, step, 0, args.device))
@@ -61,14 +74,13 @@ def load(args):
 
 def ours(args, method):
     """step(i) of a method as train.py takes it."""
-    model = load(args)
+    model, asked = load(args), options(args)
     W, state = add_lora(model), {"step": 0}
     optimizer, (_, batch, contrast) = torch.optim.AdamW(W, lr=1e-5, weight_decay=0.0), batches(args)
-    options = Namespace(layers=list(range(model.config.n_layers // 3, 2 * model.config.n_layers // 3)), radius=0.002, epsilon=0.0, projection="on",
-                        safety_weight=0.02, refusal_weight=0.0, refresh=1, strength={})
+    asked.layers = parse_layers(asked.layers, model.config.n_layers)
 
     def step(i):
-        grads, _ = METHODS[method](model, W, batch(i), contrast(i), options, state)
+        grads, _ = METHODS[method](model, W, batch(i), contrast(i), asked, state)
         update(optimizer, W, grads, 1.0, 1e-5)
     return step
 
@@ -215,10 +227,11 @@ def main():
     if args.peak:
         return report_peak(args)
     names = [*SUBJECTS] + [*THEIRS] * (not args.ours)
-    report(args, measured(args, names), {name: peak_of(args, name) for name in names if name != "load"})
+    estimated = {name: estimate(options(args), method, load_config(args.model), *encoded(args)) for name, method in ESTIMATED.items()}
+    report(args, measured(args, names), {name: peak_of(args, name) for name in names if name != "load"}, estimated)
 
 
-def report(args, seconds, peaks):
+def report(args, seconds, peaks, estimated):
     """Print the table, and write the JSON."""
     config, (_, batch, contrast) = load_config(args.model), batches(args)
     task, both = batch(0), contrast(0)["both"]
@@ -230,16 +243,16 @@ def report(args, seconds, peaks):
     peak = matmul_peak(args)
     print(f"{args.model.name}, {args.dtype}, {args.device}, {args.threads} threads; {task['input_ids'].numel()} task tokens and {both['input_ids'].numel()} contrastive tokens a step, "
           f"padding included; matrix products at {peak / 1e9:.0f} GFLOP/s; by FLOPs alone sap would take {counted['sap, 1 epoch'] / counted['sft']:.2f} × sft in one epoch")
-    print_table([["", "seconds", "× sft", "of the peak", "peak memory, GiB"],
+    print_table([["", "seconds", "× sft", "of the peak", "peak memory, GiB", "estimated"],
                  *([name, f"{s:.3f}", f"{s / seconds['sft']:.2f}", f"{100 * counted[name] / s / peak:.0f} %" if name in counted else "",
-                    f"{peaks[name] / 2**30:.2f}" if name in peaks else ""] for name, s in seconds.items())])
+                    *(f"{found[name] / 2**30:.2f}" if name in found else "" for found in (peaks, estimated))] for name, s in seconds.items())])
     one, three = seconds["sap, 1 epoch"], seconds["sap, 3 epochs"]
     found = {"sft_step_s": seconds["sft"], "sap_step_s": one, "sap_filter_s": filtering, "sap_over_sft": one / seconds["sft"], "sap_over_sft_3_epochs": three / seconds["sft"],
              "sap_flops_over_sft": counted["sap, 1 epoch"] / counted["sft"], "paper_step_s": seconds["paper_project"], "load_s": seconds["load"]}
     if not args.ours:
         found |= {"hf_sft_step_s": seconds["hf_sft"], "hf_released_step_s": seconds["hf_released"], "sft_speedup": seconds["hf_sft"] / seconds["sft"],
                   "sap_speedup": seconds["hf_released"] / one, "generate_speedup": seconds["hf_generate"] / seconds["generate"]}
-    found |= {"peak_bytes": peaks, "matmul_flops": peak, "device": args.device, "dtype": args.dtype, "tokens_per_step": task["input_ids"].numel()}
+    found |= {"peak_bytes": peaks, "estimated_bytes": estimated, "matmul_flops": peak, "device": args.device, "dtype": args.dtype, "tokens_per_step": task["input_ids"].numel()}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

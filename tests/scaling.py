@@ -21,7 +21,7 @@ from minisap.lora import add_lora  # noqa: E402
 from minisap.methods import METHODS  # noqa: E402
 from minisap.model import Llama, LlamaConfig  # noqa: E402
 from minisap.script import pyplot  # noqa: E402
-from train import update  # noqa: E402
+from minisap.optimize import update  # noqa: E402
 
 BASE = {"layers": 4, "width": 256, "tokens": 64, "pairs": 4}                    # tokens: of a row, half of them the answer; 8 rows
 GROWN = {"layers": (2, 4, 8, 16), "width": (128, 256, 512, 1024), "tokens": (32, 64, 128, 256), "pairs": (2, 4, 8, 16)}

@@ -65,15 +65,15 @@ def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
 def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
     more = [*more, "--gate", "1e-9", "--refresh", "3"] if method == "sap" else more
     whole = train(start, tmp_path / "whole", "--method", method, *more)
-    collate, calls = train_script.collate, []
+    step_batches, calls = train_script.step_batches, []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 3:                                             # in the third step
             raise KeyboardInterrupt
-        return collate(*args, **kwargs)
+        return step_batches(*args, **kwargs)
 
-    monkeypatch.setattr(train_script, "collate", interrupted)
+    monkeypatch.setattr(train_script, "step_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(start, tmp_path / "cut", "--method", method, *more)
     monkeypatch.undo()
