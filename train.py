@@ -261,13 +261,14 @@ def prepare(args):
         task = [example | {"refused": other} for example, other in zip(task, refused)]
     encode_rows(tokenizer, splits["eval_task"], args.max_len)
     pairs = encode_pairs(tokenizer, splits["pairs"] + splits["eval_unsafe"], args.max_len)[:len(splits["pairs"])]
-    n_trained = sum(w.numel() for w in trainable(load_model(start, device="meta"), args))             # names and shapes are as the config says
+    model = load_model(start, device="meta")                            # the checkpoint's names and shapes are as its config says
+    n_weights, n_trained = (sum(w.numel() for w in some) for some in (list(model.parameters()), trainable(model, args)))
     print(f"{len(rows)} task rows, {sum('poisoned' in row for row in rows)} of them poisoned; {args.pairs} contrastive pairs; "
           f"{n_trained:,} weights to train")
     if seen := repeated(splits["eval_task"], splits["task"], "prompt", "response"):
         print(f"{seen} of the {len(splits['eval_task'])} held-out rows of the task are, word for word, among those to train on: their loss is no loss on new rows")
     if unfinished := [method for method in args.method if not (args.out_dir / method / "eval.json").exists()]:
-        check_memory(args, unfinished, config, task, pairs)
+        check_memory(args, unfinished, config, n_weights, task, pairs)
     return start, tokenizer, splits, safe_prompts, task
 
 

@@ -1,5 +1,7 @@
-"""How much memory a method takes at most, told before it takes it: its own step, on models of the same width with two layers and with three, is
-counted tensor by tensor. Every further layer adds what the third added (tests/test_memory.py: to a thousandth; the first two are not like the others)."""
+"""How much memory training by a method takes, told before it takes it: its own steps on two models of the same width, of two and of three layers, are counted tensor by
+tensor, and every further layer adds what the third one added. (Not the first: what lies below it needs no gradient. Not on tensors without data: where the
+labels are decides how many logits there are.) What --watch, --before and the measures take is not counted."""
+import os
 import weakref
 from argparse import Namespace
 from contextlib import suppress
@@ -12,13 +14,16 @@ from torch.utils._pytree import tree_leaves
 
 from minisap import parallel
 from minisap.checkpoint import DTYPES
-from minisap.data import batch_rows, collate, in_one_row, step_batches
+from minisap.data import batch_rows, in_one_row, step_batches
 from minisap.methods import FIRST, METHODS, ROWS_PER_ROW
 from minisap.model import Llama
 from minisap.optimize import trainable, update
-from minisap.sap import NotFinite, row_slopes
+from minisap.rivals import LISA_PERIOD
+from minisap.sap import NotFinite
 
 GIB = 2**30
+TOLERANCE = 1.1                     # how far an estimate may be off
+SMALL = 50                          # how far the rough count of `room` may be
 
 
 class Counted(TorchDispatchMode):
@@ -50,73 +55,83 @@ class Counted(TorchDispatchMode):
 
 
 def random_model(config, dtype, device):
-    """A model of this shape, never wider than dtype. Its matrices are random, of rank one: quick to make where there are many."""
+    """A model of this shape, made without a copy in float32. Its matrices are random and of rank one, which takes little time."""
     with torch.device("meta"):
         model = Llama(config)
-    model = model.to(dtype).to_empty(device=device)
+    model, generator = model.to(dtype).to_empty(device=device), torch.Generator(device).manual_seed(0)          # not the run's own
     model.tie()
-    noise = lambda n: torch.randn(n, generator=torch.Generator(device).manual_seed(n), dtype=torch.float32, device=device).to(dtype)       # (not from the run's own generators)
     with torch.no_grad():
         for w in model.parameters():
-            torch.mul(noise(w.shape[0])[:, None], 0.02 * noise(w.shape[1]), out=w) if w.dim() == 2 else w.fill_(1)
+            left, right = (torch.randn(n, generator=generator, device=device).to(dtype) for n in (w.shape[0], w.shape[-1]))
+            torch.mul(left[:, None], 0.02 * right, out=w) if w.dim() == 2 else w.fill_(1)
     return model
 
 
-def largest(examples, size, args):
-    """Which of them make up the run's largest batch: by its places, padding included, then by its labels. (One epoch tells.)"""
-    labels = [sum(label != -100 for label in example["labels"]) for example in examples]
-    room = lambda chosen: (max(len(examples[i]["labels"]) for i in chosen), sum(labels[i] for i in chosen))
-    return max((batch_rows(range(len(examples)), size, step, args.seed) for step in range(min(args.steps, 1 + len(examples) // size))), key=room)
+def room(batch, config):
+    """About how many numbers are kept for a backward pass of these examples: some of every token in every layer, and the logits of every label."""
+    tokens, labels = len(batch) * max(len(example["labels"]) for example in batch), sum(label != -100 for example in batch for label in example["labels"])
+    return tokens * config.n_layers * (8 * config.hidden_size + 4 * config.intermediate_size) + labels * 3 * config.vocab_size
 
 
-def peaks_of(args, method, config, rows, pairs, asked):
-    """Bytes at the peak of a step that is not the first, and of what comes before the first, if anything does."""
-    with Counted(args.device) as counted, parallel.together():
+def largest(examples, size, args, config):
+    """The places of those that make up the first epoch's largest batch."""
+    steps = range(min(args.steps, 1 + len(examples) // size))
+    return max((batch_rows(range(len(examples)), size, step, args.seed) for step in steps), key=lambda places: room([examples[i] for i in places], config))
+
+
+def largest_batches(args, config, task, pairs):
+    """(rows, pairs, rows before the first step): of what a run computes at once, the largest."""
+    rows, both = largest(task, args.batch_size, args, config), largest([in_one_row(*pair) for pair in pairs], args.pairs_per_step, args, config)
+    longest = sorted(task, key=lambda example: len(example["labels"]))[-ROWS_PER_ROW * args.batch_size:]
+    return [task[i] for i in rows], [pairs[i] for i in both], longest
+
+
+def peaks_of(args, method, config, rows, pairs, first_rows):
+    """Bytes at the peak of a method's steps, and of what it does before the first."""
+    with Counted(args.device) as counted, parallel.together(), suppress(NotFinite):         # random weights may give no number
         model = random_model(config, DTYPES[args.dtype], args.device)
         W, model.model.checkpointing = trainable(model, args), args.checkpointing
-        options, before = Namespace(**vars(args) | {"layers": list(range(config.n_layers))}), 0
+        before, counted.peak = 0, counted.live
+        options = Namespace(**vars(args) | {"layers": list(range(config.n_layers)), "steps": ROWS_PER_ROW})      # in which all the first rows come
         if method in FIRST:
-            row_slopes(model, W, W, collate(asked, device=args.device))
+            FIRST[method](model, W, first_rows, pairs, options)
             before, counted.peak = counted.peak, counted.live
-        optimizer = torch.optim.AdamW(W)
+        optimizer, state = torch.optim.AdamW(W), {}
         update(optimizer, W, [torch.zeros_like(w) for w in W], args.clip, 0.0)              # makes the optimizer's moments
-        with suppress(NotFinite):                                       # random weights may give no number; what it took is counted by then
-            grads, _ = METHODS[method](model, W, *step_batches(rows, pairs, args.device), options, {"step": 0})
+        for state["step"] in (0, LISA_PERIOD - 1):
+            grads, _ = METHODS[method](model, W, *step_batches(rows, pairs, args.device), options, state)
             update(optimizer, W, grads, args.clip, 0.0)
+            del grads
     return counted.peak, before
 
 
-def rooms(args, task, pairs):
-    """What of a run takes the most room: a step's rows, its contrastive pairs, and rows that a method looks at before its first step."""
-    rows = [task[i] for i in largest(task, args.batch_size, args)]
-    step_pairs = [pairs[i] for i in largest([in_one_row(*pair) for pair in pairs], args.pairs_per_step, args)]
-    return rows, step_pairs, sorted(task, key=lambda example: len(example["labels"]))[-ROWS_PER_ROW * args.batch_size:]
-
-
-def estimate(args, method, config, task, pairs):
-    """Bytes that training by this method takes at its peak."""
-    peaks_at = lambda n: peaks_of(args, method, replace(config, n_layers=n), *rooms(args, task, pairs))
+def estimate(args, method, config, batches):
+    """Bytes that training by this method takes at its peak. batches: largest_batches."""
+    peaks_at = lambda n: peaks_of(args, method, replace(config, n_layers=n), *batches)
     if config.n_layers <= 3:
         return max(peaks_at(config.n_layers))
     return max(two + (three - two) * (config.n_layers - 2) for two, three in zip(peaks_at(2), peaks_at(3)))
 
 
 def free_memory(device):
-    """Bytes, or None where the system does not tell."""
+    """Bytes that each of this machine's processes may still take; infinite where the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    file = Path("/proc/meminfo")
-    found = dict(line.split(":") for line in file.read_text().splitlines()) if file.exists() else {}
-    return 1024 * int(found["MemAvailable"].split()[0]) if "MemAvailable" in found else None
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    available = [1024 * int(line.split()[1]) for line in (meminfo.read_text() if meminfo.exists() else "").splitlines() if line.startswith("MemAvailable:")]
+    limit = [int(group.read_text())] if group.exists() and group.read_text().strip().isdecimal() else []        # a container's
+    return min([float("inf"), *available, *limit]) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_memory(args, methods, config, task, pairs):
-    """Print what will be taken by that of the methods which takes most; ValueError where that is more than is free."""
-    most, method = max((estimate(args, method, config, task, pairs), method) for method in methods)
-    with torch.device("meta"):
-        weights = sum(w.numel() for w in Llama(config).parameters()) * DTYPES[args.dtype].itemsize
-    free = free_memory(args.device)
-    told = f"{method} takes about {most / GIB:.2f} GiB at its peak, of which the weights are {weights / GIB:.2f}"
-    if free is not None and most > free:
-        raise ValueError(f"{told}; {free / GIB:.2f} are free on {args.device}. A smaller --batch_size, --pairs_per_step or --max_len, --checkpointing or --dtype bfloat16 need less")
+def check_memory(args, methods, config, n_weights, task, pairs):
+    """Print what that of the methods takes which takes most; ValueError where that cannot fit. Of runs so small that this is out of the question nothing is said."""
+    free, batches = parallel.least(free_memory(args.device), args.device), largest_batches(args, config, task, pairs)
+    if SMALL * 4 * (n_weights + room(batches[2], config)) < free:
+        return
+    most, method = max((estimate(args, method, config, batches), method) for method in methods)
+    told = f"{method} takes about {most / GIB:.2f} GiB at its peak (the weights: {n_weights * DTYPES[args.dtype].itemsize / GIB:.2f}; free on {args.device}: {free / GIB:.2f})"
+    if most > TOLERANCE * free:
+        less = {"a smaller --batch_size, --pairs_per_step or --max_len": True, "--checkpointing": not args.checkpointing, "LoRA in place of --lora_rank 0": not args.lora_rank,
+                "--dtype bfloat16": args.lora_rank and DTYPES[args.dtype].itemsize > 2}
+        raise ValueError(f"{told}; less is needed with {', or '.join(advice for advice, helps in less.items() if helps)}")
     print(told)

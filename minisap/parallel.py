@@ -54,6 +54,15 @@ def wait():
         sys.exit(1)
 
 
+def least(number, device):
+    """The smallest of what all processes give."""
+    if alone():
+        return number
+    smallest = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return smallest.item()
+
+
 @contextmanager
 def together():
     """Within: batches are split, and every process does the same."""

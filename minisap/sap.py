@@ -53,12 +53,13 @@ def token_nll(model, batch, probe=None, hidden=None):
 
 
 def head_nll(model, x, targets):
-    """Nats of every target (N,), predicted from the hidden states x (N, D). With --checkpointing the logits of HEAD_TOKENS tokens at a time are all that there
-    is of them, in the backward pass, too."""
+    """Nats of every target (N,), predicted from the hidden states x (N, D). Where no gradient follows, and with --checkpointing, the logits of HEAD_TOKENS tokens
+    at a time are all that there is of them, in the backward pass, too."""
     nats = lambda x, targets: F.cross_entropy(widen(model.lm_head(x)), targets, reduction="none")                 # by logits (N, V)
-    if not (model.model.checkpointing and torch.is_grad_enabled()):
-        return nats(x, targets)
-    return torch.cat([checkpoint(nats, *part, use_reentrant=False) for part in zip(x.split(HEAD_TOKENS), targets.split(HEAD_TOKENS))])
+    parts = list(zip(x.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)))
+    if not torch.is_grad_enabled():
+        return torch.cat([nats(*part) for part in parts])
+    return torch.cat([checkpoint(nats, *part, use_reentrant=False) for part in parts]) if model.model.checkpointing else nats(x, targets)
 
 
 def response_nll(model, batch, probe=None, hidden=None):

@@ -23,7 +23,7 @@ from minisap.checkpoint import DTYPES, load_config, load_model  # noqa: E402
 from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows  # noqa: E402
 from minisap.evaluate import print_table  # noqa: E402
 from minisap.lora import add_lora  # noqa: E402
-from minisap.memory import estimate  # noqa: E402
+from minisap.memory import estimate, largest_batches  # noqa: E402
 from minisap.methods import METHODS, ROWS_PER_ROW  # noqa: E402
 from minisap.optimize import update  # noqa: E402
 from minisap.sap import harmful_direction, slopes_of  # noqa: E402
@@ -227,7 +227,8 @@ def main():
     if args.peak:
         return report_peak(args)
     names = [*SUBJECTS] + [*THEIRS] * (not args.ours)
-    estimated = {name: estimate(options(args), method, load_config(args.model), *encoded(args)) for name, method in ESTIMATED.items()}
+    config = load_config(args.model)
+    estimated = {name: estimate(options(args), method, config, largest_batches(options(args), config, *encoded(args))) for name, method in ESTIMATED.items()}
     report(args, measured(args, names), {name: peak_of(args, name) for name in names if name != "load"}, estimated)
 
 

@@ -10,7 +10,7 @@ from minisap.compare import Series
 from minisap.findings import other_tables, steps_to_break
 from minisap.mechanism import format_mean, last_watched
 from minisap.stats import wilson
-from minisap.table import at, comparisons, dominating, legend, markdown, rows_of
+from minisap.table import at, comparisons, dominating, legend, markdown, over_seeds, rows_of, share_cell
 from scaling import exponent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,11 +28,12 @@ def runs_of(paths):
 
 
 REAL = {"p0.125": "One harmful row in eight:", "p0.25": "One in four:", "p0": "No harmful row:", "identity": "**Identity shifting**"}
-REAL_METHODS = ("sft", "sap", "paper", "project", "random_probe", "mix")
+REAL_METHODS = ("sft", "sap", "sap --refusal_weight 0.1", "paper", "project", "random_probe", "mix")
 
 
 def real_comparisons(unit):
-    runs = runs_of(sorted(GOLDEN.glob(f"smollm2/{unit}-seed?")))
+    runs, refusing = (runs_of(sorted(GOLDEN.glob(f"smollm2/{folder}{unit}-seed?"))) for folder in ("", "refusal/"))
+    runs |= {"sap --refusal_weight 0.1": refusing["sap"]} if refusing else {}
     return comparisons({method: runs[method] for method in REAL_METHODS if method in runs}, "sap")
 
 
@@ -61,13 +62,14 @@ def real_details(unit):
 
 def budget_table():
     """results.md's: harmful % by the attacker's steps."""
-    steps = range(0, 13, 2)
-    rows = [["attacked", "seed", *(f"{step} steps" for step in steps), "half answered after"]]
-    for path in sorted(GOLDEN.glob("smollm2/attack/*-seed?"), key=lambda path: ("none sft sap mix".index(path.name.split("-")[0]), path.name)):
-        records = read_json(path / "start.json") + read_json(path / "sft" / "eval.json")
-        broken = steps_to_break(records)
-        shares = (f"{100 * at(records, 'harmful_score', step)['value']:.0f}" for step in steps)
-        rows.append([*path.name.split("-seed"), *shares, "–" if broken is None else f"{broken:.0f}"])
+    steps = 0, 4, 8, 12
+    rows = [["attacked", "half answered after", *(f"{step} steps" for step in steps)]]
+    for attacked in ("none", "sap", "mix"):
+        runs = [[r for r in read_json(path / "start.json") + read_json(path / "sft" / "eval.json") if r["step"] in steps] for path in sorted(GOLDEN.glob(f"smollm2/attack/{attacked}-seed?"))]
+        broken = (steps_to_break(records) for records in runs)
+        cells = (over_seeds([at(records, "harmful_score", step) for records in runs]) for step in steps)
+        rows.append([attacked, ", ".join("–" if n is None else f"{n:.0f}" for n in broken),
+                     *(f"{share_cell(c)} ({', '.join(f'{100 * share:.1f}' for share in c['each'])})" for c in cells)])
     return markdown(rows)
 
 
