@@ -201,6 +201,12 @@ def test_what_a_step_costs_is_what_the_record_says():
     assert f"(exponents {told['sap'][0]} and {told['sap'][1]} for `sap`, {told['sft'][0]} and {told['sft'][1]} for `sft`;" in page
 
 
+def test_what_8b_would_take_is_what_the_record_says():
+    found, page = {name: f"{size / 2**30:.1f}" for name, size in read_json(GOLDEN / "memory.json").items()}, re.sub(r"\s+", " ", README)
+    told = "it says {sap} GiB for `sap` ({sap, checkpointing} with `--checkpointing`) and {sft} ({sft, checkpointing}) for `sft`"
+    assert told.format(**found) in page
+
+
 def test_ci_runs_exactly_the_test_command():
     command = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
     assert f"\n{command}\n" in README
