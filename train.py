@@ -79,7 +79,7 @@ def parse_args(argv=None):
                                                 "the safety loss rises; 0: none (default: 0.5)")
     add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
-    add("--refusal_weight", type=float, default=0.0, help="μ: and μ times that of the pairs' refusals' cross-entropy; tried little yet, see README's limits (default: 0)")
+    add("--refusal_weight", type=float, default=0.0, help="μ: and μ times that of the pairs' refusals' cross-entropy; against identity shifting, see README (default: 0)")
     add("--refresh", type=int, default=1, help="take sap's ∇L_safe (ĝ, and what λ adds) anew every so many steps; more is cheaper (default: 1)")
     add = parser.group("the paper's SAP (paper, paper_project), and other probes")
     add("--layers", help="layers that carry a probe, as 10-19 or 3,9 (default: the middle third)")
@@ -88,8 +88,7 @@ def parse_args(argv=None):
     add("--strength", nargs="+", default=[], metavar="METHOD=VALUE", help="a rival's one knob, see minisap/rivals.py (default: "
         + " ".join(f"{method}={value}" for method, value in STRENGTH.items()) + ")")
     add = parser.group("records")
-    add("--watch", choices=("mechanism",), help="also log, every --watch_every steps and at the last, where the weights go with respect to safety: "
-                                                "see Watch in minisap/mechanism.py")
+    add("--watch", choices=("mechanism",), help="also log, every --watch_every steps and at the last, where the weights go with respect to safety: see Watch in minisap/mechanism.py")
     add("--watch_every", type=int, default=10, help="(default: 10)")
     add("--before", help="for --watch and safelora: the checkpoint before its safety training, whose directions ΔW is compared with")
     add("--eval_every", type=int, default=0, help="also evaluate every so many steps (default: 0, only before and after)")
