@@ -88,20 +88,22 @@ def largest_batches(args, config, task, pairs):
 
 def peaks_of(args, method, config, rows, pairs, first_rows):
     """Bytes at the peak of a method's steps, and of what it does before the first."""
-    with Counted(args.device) as counted, parallel.together(), suppress(NotFinite):         # random weights may give no number
+    with Counted(args.device) as counted, parallel.together():
         model = random_model(config, DTYPES[args.dtype], args.device)
         W, model.model.checkpointing = trainable(model, args), args.checkpointing
         before, counted.peak = 0, counted.live
         options = Namespace(**vars(args) | {"layers": list(range(config.n_layers)), "steps": ROWS_PER_ROW})      # in which all the first rows come
         if method in FIRST:
-            FIRST[method](model, W, first_rows, pairs, options)
+            with suppress(NotFinite):                                                       # random weights may give no number
+                FIRST[method](model, W, first_rows, pairs, options)
             before, counted.peak = counted.peak, counted.live
         optimizer, state = torch.optim.AdamW(W), {}
         update(optimizer, W, [torch.zeros_like(w) for w in W], args.clip, 0.0)              # makes the optimizer's moments
         for state["step"] in (0, LISA_PERIOD - 1):
-            grads, _ = METHODS[method](model, W, *step_batches(rows, pairs, args.device), options, state)
-            update(optimizer, W, grads, args.clip, 0.0)
-            del grads
+            with suppress(NotFinite):
+                grads, _ = METHODS[method](model, W, *step_batches(rows, pairs, args.device), options, state)
+                update(optimizer, W, grads, args.clip, 0.0)
+            grads = None                                                # its room is free before the next
     return counted.peak, before
 
 
@@ -129,6 +131,7 @@ def check_memory(args, methods, config, n_weights, task, pairs):
     if SMALL * 4 * (n_weights + room(batches[2], config)) < free:
         return
     most, method = max((estimate(args, method, config, batches), method) for method in methods)
+    most = -parallel.least(-most, args.device)                          # so that all processes come to the same end
     told = f"{method} takes about {most / GIB:.2f} GiB at its peak (the weights: {n_weights * DTYPES[args.dtype].itemsize / GIB:.2f}; free on {args.device}: {free / GIB:.2f})"
     if most > TOLERANCE * free:
         less = {"a smaller --batch_size, --pairs_per_step or --max_len": True, "--checkpointing": not args.checkpointing, "LoRA in place of --lora_rank 0": not args.lora_rank,

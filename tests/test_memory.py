@@ -16,6 +16,7 @@ from minisap.methods import FIRST, METHODS
 from minisap.model import Llama
 from minisap.optimize import trainable, update
 from minisap.rivals import STRENGTH
+from minisap.sap import NotFinite
 from test_sap import example
 from tiny import BASE
 
@@ -57,6 +58,17 @@ def test_what_small_models_take_tells_what_the_whole_one_takes(method, config, f
     args = options(*flags)
     batches = largest_batches(args, config, ROWS, PAIRS)
     assert estimate(args, method, config, batches) == pytest.approx(allocated(args, method, config, *batches), rel=0.1)
+
+
+def test_a_filter_that_gives_no_number_does_not_hide_what_the_steps_take(monkeypatch):
+    def stop(*args):
+        raise NotFinite
+    args = options()
+    batches = largest_batches(args, CONFIG, ROWS, PAIRS)
+    monkeypatch.setitem(memory.FIRST, "sap", stop)
+    ends_early = estimate(args, "sap", CONFIG, batches)
+    monkeypatch.delitem(memory.FIRST, "sap")
+    assert ends_early == estimate(args, "sap", CONFIG, batches)
 
 
 @pytest.mark.parametrize("vocab_size, more", [(96, "places"), (100_000, "labels")])
