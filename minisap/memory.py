@@ -79,11 +79,15 @@ def largest(examples, size, args, config):
     return max((batch_rows(range(len(examples)), size, step, args.seed) for step in steps), key=lambda places: room([examples[i] for i in places], config))
 
 
+def longest(args, task):
+    """As many rows as a method looks at at once before its first step, the longest."""
+    return sorted(task, key=lambda example: len(example["labels"]))[-ROWS_PER_ROW * args.batch_size:]
+
+
 def largest_batches(args, config, task, pairs):
     """(rows, pairs, rows before the first step): of what a run computes at once, the largest."""
     rows, both = largest(task, args.batch_size, args, config), largest([in_one_row(*pair) for pair in pairs], args.pairs_per_step, args, config)
-    longest = sorted(task, key=lambda example: len(example["labels"]))[-ROWS_PER_ROW * args.batch_size:]
-    return [task[i] for i in rows], [pairs[i] for i in both], longest
+    return [task[i] for i in rows], [pairs[i] for i in both], longest(args, task)
 
 
 def peaks_of(args, method, config, rows, pairs, first_rows):
@@ -127,9 +131,10 @@ def free_memory(device):
 
 def check_memory(args, methods, config, n_weights, task, pairs):
     """Print what that of the methods takes which takes most; ValueError where that cannot fit. Of runs so small that this is out of the question nothing is said."""
-    free, batches = parallel.least(free_memory(args.device), args.device), largest_batches(args, config, task, pairs)
-    if SMALL * 4 * (n_weights + room(batches[2], config)) < free:
+    free = parallel.least(free_memory(args.device), args.device)
+    if SMALL * 4 * (n_weights + room(longest(args, task), config)) < free:
         return
+    batches = largest_batches(args, config, task, pairs)
     most, method = max((estimate(args, method, config, batches), method) for method in methods)
     most = -parallel.least(-most, args.device)                          # so that all processes come to the same end
     told = f"{method} takes about {most / GIB:.2f} GiB at its peak (the weights: {n_weights * DTYPES[args.dtype].itemsize / GIB:.2f}; free on {args.device}: {free / GIB:.2f})"

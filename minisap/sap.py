@@ -56,10 +56,10 @@ def head_nll(model, x, targets):
     """Nats of every target (N,), predicted from the hidden states x (N, D). Where no gradient follows, and with --checkpointing, the logits of HEAD_TOKENS tokens
     at a time are all that there is of them, in the backward pass, too."""
     nats = lambda x, targets: F.cross_entropy(widen(model.lm_head(x)), targets, reduction="none")                 # by logits (N, V)
-    parts = list(zip(x.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)))
-    if not torch.is_grad_enabled():
-        return torch.cat([nats(*part) for part in parts])
-    return torch.cat([checkpoint(nats, *part, use_reentrant=False) for part in parts]) if model.model.checkpointing else nats(x, targets)
+    if torch.is_grad_enabled() and not model.model.checkpointing:
+        return nats(x, targets)
+    nats_of = (lambda *part: checkpoint(nats, *part, use_reentrant=False)) if torch.is_grad_enabled() else nats
+    return torch.cat([nats_of(*part) for part in zip(x.split(HEAD_TOKENS), targets.split(HEAD_TOKENS))])
 
 
 def response_nll(model, batch, probe=None, hidden=None):
