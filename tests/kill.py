@@ -1,6 +1,8 @@
 """SIGKILL at random moments of a run by every method, in the synthetic world, and --resume after each: does it end with the bytes of a run that nothing interrupted?
 
     python tests/kill.py --kills 100 --seed 0           the tests do 25
+
+Its runs are forked from a process that has no other thread: a lock that one held would never be released in the child.
 """
 import argparse
 import collections
@@ -24,6 +26,7 @@ from minisap.world import World  # noqa: E402
 
 FEW = ["--poison", "0.1", "--steps", "7", "--save_every", "3", "--n_eval", "4", "--batch_size", "4", "--pairs", "8", "--pairs_per_step", "4", "--refresh", "2", "--threads", "1"]
 RUN = ["--method", *METHODS, "--before", "tiny/instruct", *FEW]
+SECONDS = 300                                                       # after which a run is taken for one that hangs, and ended
 
 
 def write_rows(folder):
@@ -40,6 +43,7 @@ def begin(out_dir):
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
+    signal.alarm(SECONDS)
     try:
         rows = [str(out_dir.parent / f"{name}.jsonl") for name in ("task", "safety")]
         train_script.main([*RUN, "--task", rows[0], "--safety", rows[1], "--out_dir", str(out_dir), *["--resume"] * (out_dir / "train_args.json").exists()])

@@ -1,7 +1,7 @@
 """A run on a shared machine, fed with files from strangers: killed, cut off at any of its writes, and given damaged input."""
+import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -10,19 +10,24 @@ from pathlib import Path
 import pytest
 
 import train as train_script
-from fuzz import SUBJECTS, attempt, campaign
+from fuzz import SUBJECTS
 from kill import FEW, results, write_rows
-from kill import campaign as killings
 from minisap import checkpoint, resume
 from minisap.script import run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
+def python(*arguments, **more):
+    """A Python of its own, started at the root."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600, **more)
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bytes():
     """25 times, wherever in the run of every method that may be."""
-    killed, wrong = killings(25, 0, tmp_path)
-    assert sum(killed.values()) == 25 and len(killed) > 5 and not wrong
+    done = python("tests/kill.py", "--kills", 25)
+    methods, told = done.stdout.split("; ")
+    assert methods.startswith("25 kills, in ") and methods.count(",") > 5 and told == "every file alike\n" and done.returncode == 0, done.stdout + done.stderr
 
 
 def test_saving_takes_no_more_than_a_twentieth_of_the_time(tmp_path, monkeypatch):
@@ -85,8 +90,10 @@ def test_a_run_that_ends_at_any_of_its_writes_goes_on(tmp_path, monkeypatch):
         assert write > 12
 
 
-def test_damaged_files_are_refused_by_one_line_that_names_them():
-    found = campaign(2 * len(SUBJECTS), 1)
+def test_damaged_files_are_refused_by_one_line_that_names_them(tmp_path):
+    done = python("tests/fuzz.py", "--n", 2 * len(SUBJECTS), "--seed", 1, "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
     assert not [r for r in found if r["wrong"]]
     assert {r["status"] for r in found} >= {0, 2} and {r["file"] for r in found} == set(SUBJECTS)
 
@@ -97,7 +104,7 @@ LIMITED = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE
 def test_a_disk_that_is_full_ends_the_run_and_not_its_last_state(tmp_path):
     """There is room for the state of LoRA, but not for the model that is written in the end."""
     arguments = ["--method", "sap", *FEW, "--lora_rank", "2"]
-    done = subprocess.run([sys.executable, "-c", LIMITED, "train.py", *arguments, "--out_dir", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", LIMITED, "train.py", *arguments, "--out_dir", tmp_path / "run")
     assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "run/sap/state/state.pt").exists() and not (tmp_path / "run/sap/model.safetensors").exists()
     train_script.main([*arguments, "--out_dir", str(tmp_path / "run"), "--resume"])
@@ -115,18 +122,23 @@ def test_where_nothing_can_be_written_is_one_line(place, capsys):
 
 def test_a_terminal_without_utf_8_gets_the_table_all_the_same():
     """It has a κ."""
-    for arguments, told in ((["eval.py", "tests/golden/smollm2/p0-seed1", "--curves"], b"judge: phrases-2, in the first 100 characters; ? 0.90"), (["train.py", "--help"], b"--safety_weight")):
-        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    for arguments, told in ((["eval.py", "tests/golden/smollm2/p0-seed1", "--curves"], "judge: phrases-2, in the first 100 characters; ? 0.90"), (["train.py", "--help"], "--safety_weight")):
+        done = python(*arguments, env=os.environ | {"PYTHONIOENCODING": "ascii"})
         assert done.returncode == 0 and told in done.stdout, done.stderr
 
 
-def test_a_cpu_without_enough_memory_says_what_was_needed_and_what_lowers_it(tmp_path):
-    def in_little_room():
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
-        train_script.check_memory = lambda *args: None                  # which would ask for it sooner, and end alike
-        train_script.main(["--steps", "2", "--n_eval", "4", "--method", "sft", "--batch_size", "20000", "--threads", "1", "--out_dir", str(tmp_path / "run")])
+IN_LITTLE_ROOM = """
+import resource, sys, train
+from pathlib import Path
+from minisap.script import run
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+train.check_memory = lambda *args: None                             # which would ask for it sooner, and end alike
+run(lambda: train.main(sys.argv[1:]))
+"""
 
-    status, told, _ = attempt(in_little_room, tmp_path)
-    assert status == 2 and "Traceback" not in told, told
-    assert re.search(r"error: .*you tried to allocate \d+ bytes.* Shorter --max_len, smaller batches, --checkpointing", told.splitlines()[-1])
+
+def test_a_cpu_without_enough_memory_says_what_was_needed_and_what_lowers_it(tmp_path):
+    done = python("-c", IN_LITTLE_ROOM, "--steps", 2, "--n_eval", 4, "--method", "sft", "--batch_size", 20000, "--threads", 1, "--out_dir", tmp_path / "run")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"error: .*you tried to allocate \d+ bytes.* Shorter --max_len, smaller batches, --checkpointing", done.stderr.splitlines()[-1])
