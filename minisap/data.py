@@ -256,26 +256,10 @@ def step_batches(rows, pairs, device="cpu"):
 
 
 def collate_pairs(pairs, device="cpu") -> dict:
-    """{"safe": batch, "harmful": batch, "both": batch} of [(safe example, harmful example)] of the same prompts. "both" has prompt, safe and
-    harmful answer in one row, so that the prompt is computed once; beside input_ids and labels it tells, of each token, all (B, T),
-    answer      0: of the prompt, 1: of the safe answer, 2: of the harmful one
-    positions   where it stands in its own conversation
-    before      the place in the row of the token from which it is predicted
-    and with mask (B, 1, T, T) an answer's tokens see the prompt and the answer itself."""
-    both = [in_one_row(*pair) for pair in pairs]
-    batch = collate(both, device=device) | {key: pad([row[key] for row in both], fill, device) for key, fill in (("answer", 2), ("positions", 0), ("before", 0))}
-    query, key = batch["answer"][:, None, :, None], batch["answer"][:, None, None, :]
-    seen = ((key == 0) | (key == query)).tril()
+    """{"safe": batch, "harmful": batch, "both": batch} of [(safe example, harmful example)] of the same prompts. "both" has the two answers of a prompt
+    by turns."""
     safe, harmful = zip(*pairs)
-    return {"safe": collate(safe, device=device), "harmful": collate(harmful, device=device), "both": batch | {"mask": seen}}
-
-
-def in_one_row(safe, harmful):
-    start = min(next(i for i, label in enumerate(example["labels"]) if label != -100) for example in (safe, harmful))          # what they share
-    end, rest = len(safe["labels"]), len(harmful["labels"]) - start
-    return {key: safe[key] + harmful[key][start:] for key in ("input_ids", "labels")} | {
-        "answer": [0] * start + [1] * (end - start) + [2] * rest, "positions": [*range(end), *range(start, start + rest)],
-        "before": [*range(-1, end - 1), start - 1, *range(end, end + rest - 1)]}
+    return {"safe": collate(safe, device=device), "harmful": collate(harmful, device=device), "both": collate([example for pair in pairs for example in pair], device=device)}
 
 
 def collate(examples, pad_id=0, device="cpu") -> dict:

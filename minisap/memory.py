@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from minisap import parallel
 from minisap.checkpoint import DTYPES
-from minisap.data import batch_rows, in_one_row, step_batches
+from minisap.data import batch_rows, step_batches
 from minisap.methods import FIRST, METHODS, ROWS_PER_ROW
-from minisap.model import Llama
+from minisap.model import Llama, shared_tokens
 from minisap.optimize import trainable, update
 from minisap.rivals import LISA_PERIOD
 from minisap.sap import NotFinite
@@ -27,12 +27,29 @@ SMALL = 50                          # how far the rough count of `room` may be
 
 
 class Counted(TorchDispatchMode):
-    """Within: `live` are the bytes of the tensors that were made here, on this device, and are still there; `peak` the most that there were.
-    What a kernel takes for itself, and what an allocator keeps, is not seen."""
+    """Within: `live` are the bytes of the tensors that were made here, on this device, and are still there; `peaks` the most that there were up to every mark (and
+    every gradient makes one) since the one before. What a kernel takes for itself, and what an allocator keeps, is not seen."""
 
     def __init__(self, device):
         super().__init__()
-        self.device, self.known, self.live, self.peak = torch.device(device), set(), 0, 0
+        self.device, self.known, self.live, self.peak, self.peaks, self.grad = torch.device(device), set(), 0, 0, [], torch.autograd.grad
+
+    def __enter__(self):
+        torch.autograd.grad = self.marked_grad
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.autograd.grad = self.grad
+        return super().__exit__(*error)
+
+    def marked_grad(self, *args, **kwargs):
+        found = self.grad(*args, **kwargs)
+        self.mark()
+        return found
+
+    def mark(self):
+        self.peaks.append(self.peak)
+        self.peak = self.live
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
@@ -69,14 +86,16 @@ def random_model(config, dtype, device):
 
 def room(batch, config):
     """About how many numbers are kept for a backward pass of these examples: some of every token in every layer, and the logits of every label."""
-    tokens, labels = len(batch) * max(len(example["labels"]) for example in batch), sum(label != -100 for example in batch for label in example["labels"])
-    return tokens * config.n_layers * (8 * config.hidden_size + 4 * config.intermediate_size) + labels * 3 * config.vocab_size
+    tokens, labels = len(shared_tokens([example["input_ids"] for example in batch])[1]), sum(label != -100 for example in batch for label in example["labels"])
+    places = len(batch) * max(len(example["labels"]) for example in batch)                  # in which attention is computed
+    return config.n_layers * (tokens * (6 * config.hidden_size + 4 * config.intermediate_size) + places * 6 * config.hidden_size) + labels * 3 * config.vocab_size
 
 
 def largest(examples, size, args, config):
-    """The places of those that make up the first epoch's largest batch."""
+    """The places of those that make up the first epoch's largest batch. examples: in tuples, where several make one place."""
     steps = range(min(args.steps, 1 + len(examples) // size))
-    return max((batch_rows(range(len(examples)), size, step, args.seed) for step in steps), key=lambda places: room([examples[i] for i in places], config))
+    whole = lambda places: [example for i in places for example in (examples[i] if isinstance(examples[i], tuple) else [examples[i]])]
+    return max((batch_rows(range(len(examples)), size, step, args.seed) for step in steps), key=lambda places: room(whole(places), config))
 
 
 def longest(args, task):
@@ -86,29 +105,31 @@ def longest(args, task):
 
 def largest_batches(args, config, task, pairs):
     """(rows, pairs, rows before the first step): of what a run computes at once, the largest."""
-    rows, both = largest(task, args.batch_size, args, config), largest([in_one_row(*pair) for pair in pairs], args.pairs_per_step, args, config)
+    rows, both = largest(task, args.batch_size, args, config), largest(pairs, args.pairs_per_step, args, config)
     return [task[i] for i in rows], [pairs[i] for i in both], longest(args, task)
 
 
 def peaks_of(args, method, config, rows, pairs, first_rows):
-    """Bytes at the peak of a method's steps, and of what it does before the first."""
+    """Bytes at the peak of every part of a method's steps, and of what it does before the first. A part ends with a gradient, or with an update."""
     with Counted(args.device) as counted, parallel.together():
         model = random_model(config, DTYPES[args.dtype], args.device)
         W, model.model.checkpointing = trainable(model, args), args.checkpointing
-        before, counted.peak = 0, counted.live
+        counted.peak = counted.live
         options = Namespace(**vars(args) | {"layers": list(range(config.n_layers)), "steps": ROWS_PER_ROW})      # in which all the first rows come
         if method in FIRST:
             with suppress(NotFinite):                                                       # random weights may give no number
                 FIRST[method](model, W, first_rows, pairs, options)
-            before, counted.peak = counted.peak, counted.live
+            counted.mark()
         optimizer, state = torch.optim.AdamW(W), {}
         update(optimizer, W, [torch.zeros_like(w) for w in W], args.clip, 0.0)              # makes the optimizer's moments
+        counted.mark()
         for state["step"] in (0, LISA_PERIOD - 1):
             with suppress(NotFinite):
                 grads, _ = METHODS[method](model, W, *step_batches(rows, pairs, args.device), options, state)
                 update(optimizer, W, grads, args.clip, 0.0)
             grads = None                                                # its room is free before the next
-    return counted.peak, before
+            counted.mark()
+    return counted.peaks
 
 
 def estimate(args, method, config, batches):
@@ -116,7 +137,10 @@ def estimate(args, method, config, batches):
     peaks_at = lambda n: peaks_of(args, method, replace(config, n_layers=n), *batches)
     if config.n_layers <= 3:
         return max(peaks_at(config.n_layers))
-    return max(two + (three - two) * (config.n_layers - 2) for two, three in zip(peaks_at(2), peaks_at(3)))
+    two, three = peaks_at(2), peaks_at(3)
+    if len(two) != len(three):                                          # one came to an end before the other
+        two, three = [max(two)], [max(three)]
+    return max(b + (b - a) * (config.n_layers - 3) for a, b in zip(two, three))
 
 
 def free_memory(device):

@@ -5,6 +5,7 @@ Names    Every parameter is called as in the public safetensors files, so that l
 The probe is an argument of `forward`: x_j = layer_j(x_{j-1}) + v_j  (SAP, arXiv 2505.16737).
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -50,6 +51,45 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+def shared_tokens(rows, apart=False):
+    """(places, first) of rows, lists of ids: what a causal model makes of a token depends on this one and those before it, so that rows which begin alike have
+    their beginning in common. places: of every row's tokens the numbers, in the order in which they come up; first: of every number the (row, column) where it
+    does. apart: each row's tokens are its own."""
+    numbers, places, first = {}, [], []
+    for i, row in enumerate(rows):
+        number, place = -1 - i * apart, []
+        for j, token in enumerate(row):
+            number = numbers.setdefault((number, token), len(numbers))
+            place.append(number)
+            if number == len(first):
+                first.append((i, j))
+        places.append(place)
+    return places, first
+
+
+class Shared(NamedTuple):
+    """N tokens in place of B · T: what rows have in common at their beginning once, and no padding."""
+    place: torch.Tensor                 # (B, T): the number of each row's token among the N; any of them, where nothing depends on it
+    first: torch.Tensor                 # (N,): the place of each among the B · T of the rows
+
+    @classmethod
+    def of(cls, rows, T, device, apart=False, left=False):
+        """What shared_tokens finds, for rows that are padded to T tokens on the right, or on the left."""
+        places, first = shared_tokens(rows, apart)
+        pads = [(T - len(row)) * left for row in rows]
+        whole = [[0] * pad + place + [0] * (T - pad - len(place)) for pad, place in zip(pads, places)]
+        integers = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=device)
+        return cls(integers(whole).reshape(len(rows), T), integers([i * T + pads[i] + j for i, j in first]))
+
+    def fold(self, x):
+        """(B, T, ·) -> (1, N, ·)."""
+        return F.embedding(self.first, x.flatten(0, 1))[None]
+
+    def unfold(self, x):
+        """(1, N, ·) -> (B, T, ·)."""
+        return F.embedding(self.place, x[0])
+
+
 class KVCache:
     """Keys and values of one layer, (B, K, S, Dh), written in place as tokens arrive."""
 
@@ -74,19 +114,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.n_kv_heads * Dh, bias=bias)
         self.o_proj = nn.Linear(config.n_heads * Dh, D, bias=False)
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, mask, cache, shared=None):
         """x (B, T, D) -> (B, T, D).  rope: (cos, sin) of every position.  mask (B, 1, T, S) or None for causal.
-        cache: this layer's KVCache while generating, else None."""
-        q = self.q_proj(x).unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2)         # (B, H, T, Dh)
-        k = self.k_proj(x).unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)      # (B, K, T, Dh)
-        v = self.v_proj(x).unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)      # (B, K, T, Dh)
+        cache: this layer's KVCache while generating, else None.  shared: x is (1, N, D), as is what is returned; each row attends by itself."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if shared is not None:
+            q, k, v = map(shared.unfold, (q, k, v))
+        q = q.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2)          # (B, H, T, Dh)
+        k = k.unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)       # (B, K, T, Dh)
+        v = v.unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)       # (B, K, T, Dh)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)                                              # (B, K, S, Dh)
-        elif mask is not None:                              # no fused kernel of CUDA's takes both a mask and grouped heads
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                           # (B, T, D)
+        y = y.transpose(1, 2).flatten(2)                                           # (B, T, H · Dh)
+        return self.o_proj(y if shared is None else shared.fold(y))
 
 
 class MLP(nn.Module):
@@ -111,8 +153,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rope, mask, cache, mlp_streams=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def forward(self, x, rope, mask, cache, shared=None, mlp_streams=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, shared)
         return x + self.mlp(self.post_attention_layernorm(x), mlp_streams)
 
 
@@ -127,26 +169,29 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = False          # True: of each layer its input alone is kept for the backward pass, which computes the rest anew
 
-    def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, hidden=None, mlp_streams=None):
+    def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, shared=None, hidden=None, mlp_streams=None):
         """probe {layer: v}: v is added to that layer's output (-1: to the embeddings) and broadcasts to (B, T, D).
         positions (B, T): place of each token, default 0…T-1.  mask (B, 1, T, S): True where attention is allowed, default
-        causal.  hidden: a list that receives every layer's output, probe included.  mlp_streams: one that receives every MLP's
-        input (B, T, D) and hidden activations (B, T, M)."""
-        x = self.embed_tokens(input_ids)                                           # (B, T, D)
-        if probe and -1 in probe:
-            x = x + probe[-1].to(x.dtype)
+        causal.  shared: a Shared, by which every token that rows have in common is computed once (at its first place, whose
+        probe it has).  hidden: a list that receives every layer's output, (B, T, D), probe included.  mlp_streams: one that receives every
+        MLP's input (B, T, D) and hidden activations (B, T, M)."""
+        fold, unfold = (shared.fold, shared.unfold) if shared else (lambda x: x, lambda x: x)
+        probe = {j: v if v.dim() == 1 else fold(v) for j, v in (probe or {}).items()}
         if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=x.device)[None]
-        angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)      # (B, 1, T, Dh/2)
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        angle = positions[:, None, :, None] * rope_frequencies(self.config, input_ids.device)      # (B, 1, T, Dh/2)
+        x = fold(self.embed_tokens(input_ids))                                     # (B, T, D), or (1, N, D)
         rope = tuple(f(angle).repeat(1, 1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
+        if -1 in probe:
+            x = x + probe[-1].to(x.dtype)
         keeps = not self.checkpointing or caches or mlp_streams is not None or not torch.is_grad_enabled()
         for j, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, caches[j] if caches else None, mlp_streams) if keeps else checkpoint(layer, x, rope, mask, None, use_reentrant=False)
-            if probe and j in probe:
+            x = layer(x, rope, mask, caches[j] if caches else None, shared, mlp_streams) if keeps else checkpoint(layer, x, rope, mask, None, shared, use_reentrant=False)
+            if j in probe:
                 x = x + probe[j].to(x.dtype)
             if hidden is not None:
-                hidden.append(x)
-        return self.norm(x)
+                hidden.append(unfold(x))
+        return unfold(self.norm(x))
 
 
 class Llama(nn.Module):
@@ -178,18 +223,24 @@ class Llama(nn.Module):
         # A query sees the keys up to its own that are not padding; a padding query sees itself, lest its softmax is empty.
         allowed = (place[None, :, None] >= place) & ((place >= pads)[:, None] | (place[:, None] == place))     # (B, S, S)
         caches = [KVCache(self.config, B, len(place), device, self.lm_head.weight.dtype) for _ in self.model.layers]
+        shared = Shared.of(prompts, longest, device, apart=per_token(probe), left=True)
         new, done, start = [], torch.zeros(B, dtype=torch.bool, device=device), 0
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         for end in range(longest, longest + max_new_tokens):
             positions = (place[start:end] - pads).clamp(min=0)
-            x = self.model(ids, probe, positions, allowed[:, None, start:end, :end], caches)
-            ids, start = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end        # (B, 1)
+            x = self.model(ids, probe, positions, allowed[:, None, start:end, :end], caches, shared)
+            ids, start, shared = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end, None        # (B, 1)
             probe = {j: v for j, v in (probe or {}).items() if v.dim() == 1}
             new.append(ids)
             done |= torch.isin(ids[:, 0], stop)
             if done.all():
                 break
         return [cut_at_stop(row, set(stop_ids)) for row in torch.cat(new, dim=1).tolist()]
+
+
+def per_token(probe):
+    """Whether a probe differs from token to token, so that rows which begin alike need not stay alike."""
+    return any(v.dim() > 1 for v in (probe or {}).values())
 
 
 def pick(logits, temperature, generator):

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from minisap import parallel
 from minisap.data import collate, collate_pairs
-from minisap.model import widen
+from minisap.model import Shared, per_token, widen
+from minisap.tangents import Tangents
 
 
 HEAD_TOKENS = 1024
@@ -40,16 +41,22 @@ def check_finite(quantities):
 
 
 def token_nll(model, batch, probe=None, hidden=None):
-    """(nll, rows, places), all (N,): the negative log-likelihood in nats of every labelled token, and where it stands. A batch with "both" answers in
-    a row (collate_pairs) says itself what a token sees, and from where it is predicted."""
+    """(nll, rows, places), all (N,): the negative log-likelihood in nats of every labelled token, and where it stands. Tokens that rows have in common at their
+    beginning are computed once, and none behind a row's last label; into `hidden` goes what every layer puts out, (B, T, D)."""
     labelled = batch["labels"][:, 1:] != -100                                       # position t predicts token t + 1
     part = {key: x[parallel.mine(len(labelled))] for key, x in batch.items()}
-    x = model.model(part["input_ids"], probe, part.get("positions"), part.get("mask"), hidden=hidden)          # (B, T, D)
-    rows, columns = (part["labels"][:, 1:] != -100).nonzero(as_tuple=True)
-    before = part["before"][rows, columns + 1] if "before" in part else columns
-    nll = head_nll(model, x[rows, before], part["labels"][rows, columns + 1])       # only where a label is
+    x = model.model(part["input_ids"], probe, shared=share(part, apart=per_token(probe)), hidden=hidden)          # (B, T, D)
+    predicts = part["labels"][:, 1:] != -100
+    nll = head_nll(model, x[:, :-1][predicts], part["labels"][:, 1:][predicts])           # only where a label is
     rows, columns = labelled.nonzero(as_tuple=True)
     return parallel.gathered(nll, labelled), rows, columns + 1
+
+
+def share(batch, apart=False):
+    """What a batch's rows share, up to their last labels."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    ends = labels.ne(-100).flip(1).cumsum(1).ne(0).sum(1).tolist()
+    return Shared.of([row[:end] for row, end in zip(ids.tolist(), ends)], ids.shape[1], ids.device, apart)
 
 
 def head_nll(model, x, targets):
@@ -76,11 +83,8 @@ def useful_loss(model, batch, probe=None, hidden=None):
 
 
 def answer_nll(model, both):
-    """(nats, tokens), both (B, 2): as response_nll, of each pair's safe and harmful answer, which stand in one row (collate_pairs)."""
-    nll, rows, places = token_nll(model, both)
-    answer = 2 * rows + both["answer"][rows, places] - 1
-    nats, tokens = (x.new_zeros(2 * len(both["labels"])).index_add(0, answer, x).view(-1, 2) for x in (nll, torch.ones_like(nll)))
-    return nats, tokens
+    """(nats, tokens), both (B, 2): as response_nll, of each pair's safe and harmful answer, which come by turns (collate_pairs)."""
+    return tuple(x.view(-1, 2) for x in response_nll(model, both))
 
 
 def safety_loss(model, contrast):
@@ -195,11 +199,11 @@ class RowLosses(nn.Module):
 
 @torch.no_grad()
 def row_slopes(model, W, direction, batch):
-    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, nats per token, by forward-mode differentiation: exact, at two to four
-    times a forward pass. Below 0 a move along the direction lowers the row's loss. Fused attention has no forward mode."""
+    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, nats per token, by forward-mode differentiation (tangents.py): exact, at the cost of
+    about two forward passes. Below 0 a move along the direction lowers the row's loss."""
     losses = RowLosses(model)
     names = {id(w): name for name, w in losses.named_parameters()}
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    with forward_ad.dual_level(), Tangents():
         moving = {names[id(w)]: forward_ad.make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)}
         return forward_ad.unpack_dual(functional_call(losses, moving, (batch,))).tangent
 

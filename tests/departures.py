@@ -44,8 +44,8 @@ def without_eos(rows, device):
 
 def unshifted_loss(model, contrast):
     """Position t is to predict token t, which it sees."""
-    here = torch.arange(contrast["both"]["labels"].shape[1]).expand_as(contrast["both"]["labels"])
-    return sap_safety_loss(model, {"both": contrast["both"] | {"before": here}})
+    both = contrast["both"]
+    return sap_safety_loss(model, {"both": {"input_ids": F.pad(both["input_ids"], (0, 1)), "labels": F.pad(both["labels"], (1, 0), value=-100)}})
 
 
 def logsigmoid_loss(model, contrast):

@@ -84,7 +84,7 @@ def test_safety_loss_is_the_mean_difference_of_per_token_nll(world):
     torch.testing.assert_close(safety_loss(model, pairs), expected)
 
 
-def test_two_answers_in_one_row_are_those_of_two_rows(world):
+def test_two_answers_of_one_prompt_are_those_of_two_batches(world):
     """Loss and gradient, of prompts and answers of any length; one answer's labels begin a token before the other's, as where a tokenizer merges."""
     model, W, _, _ = world
     cut = lambda row, prompt: {"input_ids": row["input_ids"], "labels": [-100] * prompt + row["input_ids"][prompt:]}
