@@ -107,7 +107,7 @@ def complete(model, inputs, max_new_tokens, stop_ids):
         for row, own, shift in zip(probe, ids, shifts):
             if shift is not None:
                 row[-len(own):] = shift                                     # generate pads on the left
-        news += model.generate(ids, max_new_tokens, stop_ids, probe={-1: probe})
+        news += model.generate(ids, max_new_tokens, stop_ids, probe={-1: probe} if any(shift is not None for shift in shifts) else None)
     return news
 
 

@@ -201,6 +201,11 @@ def batch_rows(rows, batch_size, step, seed):
     return [rows[orders[epoch][place]] for epoch, place in places]
 
 
+def rows_of_run(n, batch_size, steps, seed):
+    """Of n rows the places of those that a run of so many steps comes to."""
+    return sorted({place for step in range(steps) for place in batch_rows(range(n), batch_size, step, seed)})
+
+
 def messages_of(prompt):
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 

@@ -1,6 +1,6 @@
 """How much memory training by a method takes, told before it takes it: its own steps on two models of the same width, of two and of three layers, are counted tensor by
-tensor, and every further layer adds what the third one added. (Not the first: what lies below it needs no gradient. Not on tensors without data: where the
-labels are decides how many logits there are.) What --watch, --before and the measures take is not counted."""
+tensor, and to every part of a step (up to a gradient, or an update) a further layer adds what the third one added. (Not the first: what lies below it needs no gradient. Not
+on tensors without data: where the labels are decides how many logits there are.) What --watch, --before and the measures take is not counted."""
 import os
 import weakref
 from argparse import Namespace
@@ -9,17 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minisap import parallel
 from minisap.checkpoint import DTYPES
-from minisap.data import batch_rows, step_batches
+from minisap.data import batch_rows, rows_of_run, step_batches
 from minisap.methods import FIRST, METHODS, ROWS_PER_ROW
-from minisap.model import Llama, shared_tokens
+from minisap.model import Llama, distinct_prefixes
 from minisap.optimize import trainable, update
 from minisap.rivals import LISA_PERIOD
-from minisap.sap import NotFinite
+from minisap.sap import NotFinite, by_length
 
 GIB = 2**30
 TOLERANCE = 1.1                     # how far an estimate may be off
@@ -27,25 +28,12 @@ SMALL = 50                          # how far the rough count of `room` may be
 
 
 class Counted(TorchDispatchMode):
-    """Within: `live` are the bytes of the tensors that were made here, on this device, and are still there; `peaks` the most that there were up to every mark (and
-    every gradient makes one) since the one before. What a kernel takes for itself, and what an allocator keeps, is not seen."""
+    """Within: `live` are the bytes of the tensors that were made here, on this device, and are still there; `peak` the most that there were since the last
+    `mark`, and `peaks` those before. What a kernel takes for itself, and what an allocator keeps, is not seen."""
 
     def __init__(self, device):
         super().__init__()
-        self.device, self.known, self.live, self.peak, self.peaks, self.grad = torch.device(device), set(), 0, 0, [], torch.autograd.grad
-
-    def __enter__(self):
-        torch.autograd.grad = self.marked_grad
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch.autograd.grad = self.grad
-        return super().__exit__(*error)
-
-    def marked_grad(self, *args, **kwargs):
-        found = self.grad(*args, **kwargs)
-        self.mark()
-        return found
+        self.device, self.known, self.live, self.peak, self.peaks = torch.device(device), set(), 0, 0, []
 
     def mark(self):
         self.peaks.append(self.peak)
@@ -71,6 +59,20 @@ class Counted(TorchDispatchMode):
         self.live -= size
 
 
+class EveryGradient(TorchFunctionMode):
+    """Within: `then` is called after every torch.autograd.grad."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.then = then
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:
+            self.then()
+        return found
+
+
 def random_model(config, dtype, device):
     """A model of this shape, made without a copy in float32. Its matrices are random and of rank one, which takes little time."""
     with torch.device("meta"):
@@ -84,34 +86,31 @@ def random_model(config, dtype, device):
     return model
 
 
-def room(batch, config):
-    """About how many numbers are kept for a backward pass of these examples: some of every token in every layer, and the logits of every label."""
-    tokens, labels = len(shared_tokens([example["input_ids"] for example in batch])[1]), sum(label != -100 for example in batch for label in example["labels"])
-    places = len(batch) * max(len(example["labels"]) for example in batch)                  # in which attention is computed
+def room(batch, config, apart=False):
+    """About how many numbers are kept for a backward pass of these examples: some of every token in every layer, and the logits of every label.
+    apart: if they had nothing in common."""
+    rows, labels = [example["input_ids"] for example in batch], sum(label != -100 for example in batch for label in example["labels"])
+    tokens, places = len(distinct_prefixes(rows, apart)[1]), len(rows) * max(map(len, rows))              # in the latter attention is computed
     return config.n_layers * (tokens * (6 * config.hidden_size + 4 * config.intermediate_size) + places * 6 * config.hidden_size) + labels * 3 * config.vocab_size
 
 
-def largest(examples, size, args, config):
-    """The places of those that make up the first epoch's largest batch. examples: in tuples, where several make one place."""
-    steps = range(min(args.steps, 1 + len(examples) // size))
-    whole = lambda places: [example for i in places for example in (examples[i] if isinstance(examples[i], tuple) else [examples[i]])]
-    return max((batch_rows(range(len(examples)), size, step, args.seed) for step in steps), key=lambda places: room(whole(places), config))
-
-
-def longest(args, task):
-    """As many rows as a method looks at at once before its first step, the longest."""
-    return sorted(task, key=lambda example: len(example["labels"]))[-ROWS_PER_ROW * args.batch_size:]
+def largest(batches, config):
+    """Of batches of examples, or of pairs of them, that which takes most."""
+    single = lambda batch: [example for one in batch for example in (one if isinstance(one, tuple) else [one])]
+    return max(batches, key=lambda batch: room(single(batch), config))
 
 
 def largest_batches(args, config, task, pairs):
-    """(rows, pairs, rows before the first step): of what a run computes at once, the largest."""
-    rows, both = largest(task, args.batch_size, args, config), largest(pairs, args.pairs_per_step, args, config)
-    return [task[i] for i in rows], [pairs[i] for i in both], longest(args, task)
+    """(rows, pairs, rows before the first step): of what a run computes at once, the largest; of what its steps do, the first epoch's."""
+    epoch = lambda examples, size: (batch_rows(examples, size, step, args.seed) for step in range(min(args.steps, 1 + len(examples) // size)))
+    asked = [task[i] for i in rows_of_run(len(task), args.batch_size, args.steps, args.seed)]
+    first = ([asked[i] for i in places] for places in by_length(asked, ROWS_PER_ROW * args.batch_size))
+    return largest(epoch(task, args.batch_size), config), largest(epoch(pairs, args.pairs_per_step), config), largest(first, config)
 
 
 def peaks_of(args, method, config, rows, pairs, first_rows):
     """Bytes at the peak of every part of a method's steps, and of what it does before the first. A part ends with a gradient, or with an update."""
-    with Counted(args.device) as counted, parallel.together():
+    with Counted(args.device) as counted, EveryGradient(counted.mark), parallel.together():
         model = random_model(config, DTYPES[args.dtype], args.device)
         W, model.model.checkpointing = trainable(model, args), args.checkpointing
         counted.peak = counted.live
@@ -156,7 +155,8 @@ def free_memory(device):
 def check_memory(args, methods, config, n_weights, task, pairs):
     """Print what that of the methods takes which takes most; ValueError where that cannot fit. Of runs so small that this is out of the question nothing is said."""
     free = parallel.least(free_memory(args.device), args.device)
-    if SMALL * 4 * (n_weights + room(longest(args, task), config)) < free:
+    longest = sorted(task, key=lambda example: len(example["input_ids"]))[-ROWS_PER_ROW * args.batch_size:]
+    if SMALL * 4 * (n_weights + room(longest, config, apart=True)) < free:
         return
     batches = largest_batches(args, config, task, pairs)
     most, method = max((estimate(args, method, config, batches), method) for method in methods)

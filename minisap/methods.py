@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from minisap.align import ALIGN, pretrain
-from minisap.data import batch_rows
+from minisap.data import rows_of_run
 from minisap.model import widen
 from minisap.rivals import RIVALS, task_step
 from minisap.sap import fit_rows, gradient, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, safety_gradient, sap_step, useful_loss
@@ -31,7 +31,7 @@ def sap(model, W, batch, contrast, args, state):
 def choose_rows(model, W, task, pairs, args):
     """What sap does before its first step: for each of the task's examples, whether it counts, by all of the contrastive pairs; None for those that the run
     does not come to."""
-    places = sorted({i for step in range(args.steps) for i in batch_rows(range(len(task)), args.batch_size, step, args.seed)})
+    places = rows_of_run(len(task), args.batch_size, args.steps, args.seed)
     verdicts = [True] * len(places)
     if args.gate:
         g_safe = safety_gradient(model, W, pairs, args.pairs_per_step)

@@ -51,43 +51,48 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def shared_tokens(rows, apart=False):
-    """(places, first) of rows, lists of ids: what a causal model makes of a token depends on this one and those before it, so that rows which begin alike have
-    their beginning in common. places: of every row's tokens the numbers, in the order in which they come up; first: of every number the (row, column) where it
-    does. apart: each row's tokens are its own."""
-    numbers, places, first = {}, [], []
+def distinct_prefixes(rows, apart=False):
+    """(numbers, origins) of rows, lists of ids: what a causal model makes of a token depends on it and those before it, its prefix, alone, so that rows which begin alike
+    have their beginning in common. numbers: of every row's tokens those of their prefixes, in the order in which they come up; origins: of every number the
+    (row, column) where it does. apart: no two rows have anything in common."""
+    known, numbers, origins = {}, [], []
     for i, row in enumerate(rows):
-        number, place = -1 - i * apart, []
+        number, line = -1 - i * apart, []
         for j, token in enumerate(row):
-            number = numbers.setdefault((number, token), len(numbers))
-            place.append(number)
-            if number == len(first):
-                first.append((i, j))
-        places.append(place)
-    return places, first
+            number = known.setdefault((number, token), len(known))
+            line.append(number)
+            if number == len(origins):
+                origins.append((i, j))
+        numbers.append(line)
+    return numbers, origins
 
 
-class Shared(NamedTuple):
-    """N tokens in place of B · T: what rows have in common at their beginning once, and no padding."""
-    place: torch.Tensor                 # (B, T): the number of each row's token among the N; any of them, where nothing depends on it
-    first: torch.Tensor                 # (N,): the place of each among the B · T of the rows
+class Prefixes(NamedTuple):
+    """By which N tokens stand for the B · T of a batch: what rows have in common at their beginning once, and no padding."""
+    number: torch.Tensor                # (B, T): which of the N stands for each; any of them, for padding
+    origin: torch.Tensor                # (N,): which of the B · T each is taken from
 
     @classmethod
     def of(cls, rows, T, device, apart=False, left=False):
-        """What shared_tokens finds, for rows that are padded to T tokens on the right, or on the left."""
-        places, first = shared_tokens(rows, apart)
+        """Of rows, lists of ids, that are padded to T on the right, or on the left."""
+        numbers, origins = distinct_prefixes(rows, apart)
         pads = [(T - len(row)) * left for row in rows]
-        whole = [[0] * pad + place + [0] * (T - pad - len(place)) for pad, place in zip(pads, places)]
+        whole = [[0] * pad + line + [0] * (T - pad - len(line)) for pad, line in zip(pads, numbers)]
         integers = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=device)
-        return cls(integers(whole).reshape(len(rows), T), integers([i * T + pads[i] + j for i, j in first]))
+        return cls(integers(whole).reshape(len(rows), T), integers([i * T + pads[i] + j for i, j in origins]))
 
     def fold(self, x):
         """(B, T, ·) -> (1, N, ·)."""
-        return F.embedding(self.first, x.flatten(0, 1))[None]
+        return take(x.flatten(0, 1), self.origin)[None]
 
     def unfold(self, x):
-        """(1, N, ·) -> (B, T, ·)."""
-        return F.embedding(self.place, x[0])
+        """(1, N, ·) -> (B, T, ·); what comes out for padding means nothing."""
+        return take(x[0], self.number)
+
+
+def take(x, places):
+    """x[places]. (Of which F.embedding has the faster derivative, but none of second order for no places.)"""
+    return F.embedding(places, x) if places.numel() else x[places]
 
 
 class KVCache:
@@ -114,12 +119,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.n_kv_heads * Dh, bias=bias)
         self.o_proj = nn.Linear(config.n_heads * Dh, D, bias=False)
 
-    def forward(self, x, rope, mask, cache, shared=None):
+    def forward(self, x, rope, mask, cache, prefixes=None):
         """x (B, T, D) -> (B, T, D).  rope: (cos, sin) of every position.  mask (B, 1, T, S) or None for causal.
-        cache: this layer's KVCache while generating, else None.  shared: x is (1, N, D), as is what is returned; each row attends by itself."""
+        cache: this layer's KVCache while generating, else None.  prefixes: x is (1, N, D), as is what is returned; each row attends by itself."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if shared is not None:
-            q, k, v = map(shared.unfold, (q, k, v))
+        if prefixes is not None:
+            q, k, v = map(prefixes.unfold, (q, k, v))
         q = q.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2)          # (B, H, T, Dh)
         k = k.unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)       # (B, K, T, Dh)
         v = v.unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)       # (B, K, T, Dh)
@@ -128,7 +133,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)                                              # (B, K, S, Dh)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         y = y.transpose(1, 2).flatten(2)                                           # (B, T, H · Dh)
-        return self.o_proj(y if shared is None else shared.fold(y))
+        return self.o_proj(y if prefixes is None else prefixes.fold(y))
 
 
 class MLP(nn.Module):
@@ -153,8 +158,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rope, mask, cache, shared=None, mlp_streams=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, shared)
+    def forward(self, x, rope, mask, cache, prefixes=None, mlp_streams=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, prefixes)
         return x + self.mlp(self.post_attention_layernorm(x), mlp_streams)
 
 
@@ -169,24 +174,24 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = False          # True: of each layer its input alone is kept for the backward pass, which computes the rest anew
 
-    def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, shared=None, hidden=None, mlp_streams=None):
+    def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, prefixes=None, hidden=None, mlp_streams=None):
         """probe {layer: v}: v is added to that layer's output (-1: to the embeddings) and broadcasts to (B, T, D).
         positions (B, T): place of each token, default 0…T-1.  mask (B, 1, T, S): True where attention is allowed, default
-        causal.  shared: a Shared, by which every token that rows have in common is computed once (at its first place, whose
-        probe it has).  hidden: a list that receives every layer's output, (B, T, D), probe included.  mlp_streams: one that receives every
-        MLP's input (B, T, D) and hidden activations (B, T, M)."""
-        fold, unfold = (shared.fold, shared.unfold) if shared else (lambda x: x, lambda x: x)
-        probe = {j: v if v.dim() == 1 else fold(v) for j, v in (probe or {}).items()}
+        causal.  prefixes: a Prefixes, by which what rows have in common is computed once (with the probe of its origin), and padding not at all: what
+        is returned for that means nothing.  hidden: a list that receives every layer's output, (B, T, D), probe included.  mlp_streams: one that receives
+        every MLP's input (B, T, D) and hidden activations (B, T, M), with prefixes (1, N, ·)."""
+        fold, unfold = (prefixes.fold, prefixes.unfold) if prefixes is not None else (lambda x: x, lambda x: x)
+        probe = {j: v if v.dim() == 1 else fold(v.expand(*input_ids.shape, -1)) for j, v in (probe or {}).items()}
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         angle = positions[:, None, :, None] * rope_frequencies(self.config, input_ids.device)      # (B, 1, T, Dh/2)
-        x = fold(self.embed_tokens(input_ids))                                     # (B, T, D), or (1, N, D)
+        x = take(self.embed_tokens.weight, input_ids if prefixes is None else input_ids.flatten()[prefixes.origin][None])       # (B, T, D), or (1, N, D)
         rope = tuple(f(angle).repeat(1, 1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
         if -1 in probe:
             x = x + probe[-1].to(x.dtype)
         keeps = not self.checkpointing or caches or mlp_streams is not None or not torch.is_grad_enabled()
         for j, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, caches[j] if caches else None, shared, mlp_streams) if keeps else checkpoint(layer, x, rope, mask, None, shared, use_reentrant=False)
+            x = layer(x, rope, mask, caches[j] if caches else None, prefixes, mlp_streams) if keeps else checkpoint(layer, x, rope, mask, None, prefixes, use_reentrant=False)
             if j in probe:
                 x = x + probe[j].to(x.dtype)
             if hidden is not None:
@@ -223,13 +228,13 @@ class Llama(nn.Module):
         # A query sees the keys up to its own that are not padding; a padding query sees itself, lest its softmax is empty.
         allowed = (place[None, :, None] >= place) & ((place >= pads)[:, None] | (place[:, None] == place))     # (B, S, S)
         caches = [KVCache(self.config, B, len(place), device, self.lm_head.weight.dtype) for _ in self.model.layers]
-        shared = Shared.of(prompts, longest, device, apart=per_token(probe), left=True)
+        prefixes = Prefixes.of(prompts, longest, device, apart=per_token(probe), left=True)
         new, done, start = [], torch.zeros(B, dtype=torch.bool, device=device), 0
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         for end in range(longest, longest + max_new_tokens):
             positions = (place[start:end] - pads).clamp(min=0)
-            x = self.model(ids, probe, positions, allowed[:, None, start:end, :end], caches, shared)
-            ids, start, shared = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end, None        # (B, 1)
+            x = self.model(ids, probe, positions, allowed[:, None, start:end, :end], caches, prefixes)
+            ids, start, prefixes = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end, None        # (B, 1)
             probe = {j: v for j, v in (probe or {}).items() if v.dim() == 1}
             new.append(ids)
             done |= torch.isin(ids[:, 0], stop)

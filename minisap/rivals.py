@@ -1,6 +1,6 @@
 """Other ways to keep safety, each behind the signature of methods.py: method(model, W, batch, contrast, args, state) -> (gradient, log).
-All see the same contrastive rows. Each has one knob, args.strength[method]; at 0 it is SFT, bit for bit (vaccine and booster: mix;
-steer_project: project; lisa: SFT but for every tenth step).
+All see the same contrastive rows. Each has one knob, args.strength[method]; at 0 it is SFT, bit for bit (booster: mix; vaccine: mix,
+to rounding; steer_project: project; lisa: SFT but for every tenth step).
 
 In place of fine-tuning   mix, sam, lisa, kl, constrained, penalty, steer, steer_project
 Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows
@@ -16,7 +16,7 @@ from minisap.align import answer_loss, at_start
 from minisap.lora import lora_layers
 from minisap.mechanism import WRITTEN, leading_directions
 from minisap.model import widen
-from minisap.sap import (copies, gradient, harmful_direction, inner, median_norm, project_out_harm, put, response_nll, safety_loss, token_nll,
+from minisap.sap import (copies, gradient, harmful_direction, inner, median_norm, prefixes_of, project_out_harm, put, response_nll, safety_loss, token_nll,
                          unit, useful_loss, weights_at)
 
 # The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).
@@ -81,7 +81,8 @@ def lisa(model, W, batch, contrast, args, state):
 def kl(model, W, batch, contrast, args, state):
     """L_useful + λ KL(start ‖ now), mean over the tokens of the contrast's safe answers: stay near the aligned model there."""
     def log_probabilities():
-        x, labels = model.model(contrast["safe"]["input_ids"]), contrast["safe"]["labels"]
+        safe = contrast["safe"]
+        x, labels = model.model(safe["input_ids"], prefixes=prefixes_of(safe)), safe["labels"]
         return F.log_softmax(widen(model.lm_head(x[:, :-1][labels[:, 1:] != -100])), dim=-1)                  # (N, V)
 
     before = at_start(W, state, log_probabilities)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minisap import parallel
 from minisap.data import collate, collate_pairs
-from minisap.model import Shared, per_token, widen
+from minisap.model import Prefixes, per_token, widen
 from minisap.tangents import Tangents
 
 
@@ -45,18 +45,18 @@ def token_nll(model, batch, probe=None, hidden=None):
     beginning are computed once, and none behind a row's last label; into `hidden` goes what every layer puts out, (B, T, D)."""
     labelled = batch["labels"][:, 1:] != -100                                       # position t predicts token t + 1
     part = {key: x[parallel.mine(len(labelled))] for key, x in batch.items()}
-    x = model.model(part["input_ids"], probe, shared=share(part, apart=per_token(probe)), hidden=hidden)          # (B, T, D)
+    x = model.model(part["input_ids"], probe, prefixes=prefixes_of(part, apart=per_token(probe)), hidden=hidden)          # (B, T, D)
     predicts = part["labels"][:, 1:] != -100
     nll = head_nll(model, x[:, :-1][predicts], part["labels"][:, 1:][predicts])           # only where a label is
     rows, columns = labelled.nonzero(as_tuple=True)
     return parallel.gathered(nll, labelled), rows, columns + 1
 
 
-def share(batch, apart=False):
-    """What a batch's rows share, up to their last labels."""
+def prefixes_of(batch, apart=False):
+    """Of a batch's rows, up to their last labels."""
     ids, labels = batch["input_ids"], batch["labels"]
     ends = labels.ne(-100).flip(1).cumsum(1).ne(0).sum(1).tolist()
-    return Shared.of([row[:end] for row, end in zip(ids.tolist(), ends)], ids.shape[1], ids.device, apart)
+    return Prefixes.of([row[:end] for row, end in zip(ids.tolist(), ends)], ids.shape[1], ids.device, apart)
 
 
 def head_nll(model, x, targets):
@@ -200,7 +200,7 @@ class RowLosses(nn.Module):
 @torch.no_grad()
 def row_slopes(model, W, direction, batch):
     """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, nats per token, by forward-mode differentiation (tangents.py): exact, at the cost of
-    about two forward passes. Below 0 a move along the direction lowers the row's loss."""
+    about two forward passes with LoRA, of three with all weights. Below 0 a move along the direction lowers the row's loss."""
     losses = RowLosses(model)
     names = {id(w): name for name, w in losses.named_parameters()}
     with forward_ad.dual_level(), Tangents():
@@ -208,11 +208,16 @@ def row_slopes(model, W, direction, batch):
         return forward_ad.unpack_dual(functional_call(losses, moving, (batch,))).tangent
 
 
+def by_length(examples, batch_size):
+    """Places of examples, batch by batch, those of like length together."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def slopes_of(model, W, direction, examples, batch_size):
     """(N,): row_slopes of many examples, those of like length together."""
-    order, slopes = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])), torch.zeros(len(examples))
-    for start in tqdm(range(0, len(order), batch_size), desc="slopes", leave=False, disable=not parallel.leads()):
-        chosen = order[start:start + batch_size]
+    slopes = torch.zeros(len(examples))
+    for chosen in tqdm(by_length(examples, batch_size), desc="slopes", leave=False, disable=not parallel.leads()):
         slopes[chosen] = row_slopes(model, W, direction, collate([examples[i] for i in chosen], device=W[0].device)).to(slopes)
     return slopes
 

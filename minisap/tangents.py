@@ -29,7 +29,7 @@ class FrozenLinear(torch.autograd.Function):
         return F.linear(x, *ctx.saved_tensors)
 
 
-class Attention(torch.autograd.Function):
+class CausalAttention(torch.autograd.Function):
     """y = P v, P = softmax of S = q kᵀ / √Dh, causal.  ẏ = Ṗ v + P v̇, Ṗ = P ∘ (Ṡ − (P ∘ Ṡ) 1)."""
 
     @staticmethod
@@ -84,10 +84,11 @@ class Tangents(TorchFunctionMode):
     """Within: the functions above, wherever the model calls those they stand for."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and unpack_dual(args[1]).tangent is None:
+        kwargs = kwargs or {}
+        if func is F.linear and all(w is None or unpack_dual(w).tangent is None for w in args[1:]):
             return FrozenLinear.apply(*args)
-        if func is F.scaled_dot_product_attention and kwargs["attn_mask"] is None:
-            return Attention.apply(*args)[0]
-        if func is F.cross_entropy:
+        if func is F.scaled_dot_product_attention and kwargs.get("is_causal"):
+            return CausalAttention.apply(*args)[0]
+        if func is F.cross_entropy and kwargs == {"reduction": "none"}:
             return TokenNLL.apply(*args)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)

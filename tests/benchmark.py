@@ -26,7 +26,7 @@ from minisap.lora import add_lora  # noqa: E402
 from minisap.memory import estimate, largest_batches  # noqa: E402
 from minisap.methods import METHODS, ROWS_PER_ROW  # noqa: E402
 from minisap.optimize import update  # noqa: E402
-from minisap.sap import harmful_direction, share, slopes_of  # noqa: E402
+from minisap.sap import harmful_direction, prefixes_of, slopes_of  # noqa: E402
 from minisap.script import find_model, parse_layers  # noqa: E402
 from minisap.tokenizer import Tokenizer  # noqa: E402
 from train import parse_args  # noqa: E402
@@ -155,12 +155,12 @@ SUBJECTS = {"sft": lambda args: ours(args, "sft"), "sap": lambda args: ours(args
 THEIRS = {"hf_sft": theirs, "hf_released": lambda args: theirs(args, released=True), "hf_generate": their_generation}
 
 
-def flops(config, batch, passes, shared=True):
+def flops(config, batch, passes, distinct=True):
     """FLOPs of `passes` forward passes of a batch: 2 per weight of the layers and token, 2 per weight of the head and label, and 4 · T · heads · width
     of a head per place for causal attention's two products, halved. With LoRA a backward pass is about one forward pass: frozen weights have no gradient.
-    Tokens that rows share count once, padding not; without `shared` every place counts, and has logits."""
+    What rows begin with in common counts once, padding not; without `distinct` every place counts, and has logits."""
     B, T = batch["input_ids"].shape
-    tokens, labels = (len(share(batch).first), (batch["labels"][:, 1:] != -100).sum().item()) if shared else (B * T, B * T)
+    tokens, labels = (len(prefixes_of(batch).origin), (batch["labels"][:, 1:] != -100).sum().item()) if distinct else (B * T, B * T)
     D, M, heads = config.hidden_size, config.intermediate_size, config.n_heads * config.head_dim
     layer = 2 * D * heads + 2 * D * config.n_kv_heads * config.head_dim + 3 * D * M
     return passes * (config.n_layers * (2 * layer * tokens + 2 * heads * T * B * T) + 2 * D * config.vocab_size * labels)
@@ -237,15 +237,15 @@ def report(args, seconds, peaks, estimated):
     """Print the table, and write the JSON."""
     config, (_, batch, contrast) = load_config(args.model), batches(args)
     task, both = batch(0), contrast(0)["both"]
-    distinct = [len(share(one).first) for one in (task, both)]
+    distinct = [len(prefixes_of(one).origin) for one in (task, both)]
     filtering = seconds.pop("sap_filter") / ROWS_PER_ROW                         # of as many rows as a step has: a run asks each row of the task once
     seconds |= {f"sap, {epochs} epoch{'s' * (epochs > 1)}": seconds["sap"] + filtering / epochs for epochs in (1, 3)}
     peaks |= {name: max(peaks["sap"], peaks["sap_filter"]) for name in seconds if name.startswith("sap,")}
-    counted = {"sft": flops(config, task, 2), "hf_sft": flops(config, task, 2, shared=False), "sap": flops(config, task, 2) + flops(config, both, 2)}
+    counted = {"sft": flops(config, task, 2), "hf_sft": flops(config, task, 2, distinct=False), "sap": flops(config, task, 2) + flops(config, both, 2)}
     counted["sap, 1 epoch"] = counted["sap"] + flops(config, task, 2)            # forward mode: what is computed, and how it moves
     peak = matmul_peak(args)
     print(f"{args.model.name}, {args.dtype}, {args.device}, {args.threads} threads; a step's {task['input_ids'].numel()} task tokens and {both['input_ids'].numel()} contrastive ones, "
-          f"padding included, of which {distinct[0]} and {distinct[1]} are left when shared; matrix products at {peak / 1e9:.0f} GFLOP/s; by FLOPs alone sap would take {counted['sap, 1 epoch'] / counted['sft']:.2f} × sft in one epoch")
+          f"padding included, of which {distinct[0]} and {distinct[1]} are computed (what rows begin with in common once, padding not); matrix products at {peak / 1e9:.0f} GFLOP/s; by FLOPs alone sap would take {counted['sap, 1 epoch'] / counted['sft']:.2f} × sft in one epoch")
     print_table([["", "seconds", "× sft", "of the peak", "peak memory, GiB", "estimated"],
                  *([name, f"{s:.3f}", f"{s / seconds['sft']:.2f}", f"{100 * counted[name] / s / peak:.0f} %" if name in counted else "",
                     *(f"{found[name] / 2**30:.2f}" if name in found else "" for found in (peaks, estimated))] for name, s in seconds.items())])

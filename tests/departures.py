@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from minisap import model, sap  # noqa: E402
 from minisap.checkpoint import read_json, write_json  # noqa: E402
-from minisap.data import collate  # noqa: E402
+from minisap.data import step_batches  # noqa: E402
 from minisap.evaluate import print_table  # noqa: E402
 from minisap.methods import RELEASED_EPSILON  # noqa: E402
 from minisap.sap import answer_nll, fit_probe  # noqa: E402
@@ -29,17 +29,17 @@ FLAGS = "--method paper_project --radius 0.25 --n_eval 200"
 DROPOUT = 0.1
 
 
-def prompt_only(rows, device):
+def prompt_only(rows, pairs, device):
     """The answer's tokens are hidden from the model that is to predict them."""
-    batch = collate(rows, device=device)
-    return batch | {"input_ids": torch.where(batch["labels"] != -100, 0, batch["input_ids"])}
+    batch, contrast = step_batches(rows, pairs, device)
+    return batch | {"input_ids": torch.where(batch["labels"] != -100, 0, batch["input_ids"])}, contrast
 
 
-def without_eos(rows, device):
+def without_eos(rows, pairs, device):
     """The answer's end is no label."""
-    batch = collate(rows, device=device)
+    batch, contrast = step_batches(rows, pairs, device)
     last = batch["labels"].ne(-100).flip(1).cumsum(1).flip(1) == 1
-    return batch | {"labels": torch.where(last, -100, batch["labels"])}
+    return batch | {"labels": torch.where(last, -100, batch["labels"])}, contrast
 
 
 def unshifted_loss(model, contrast):
@@ -85,8 +85,8 @@ def under_dropout(m, W, g_hat, batch, layers, radius, epsilon, log):
 sap_safety_loss = sap.safety_loss
 DEPARTURES = {
     "none": nullcontext,
-    "task: the prompt alone (no teacher forcing)": lambda: patch.object(train, "collate", prompt_only),
-    "task: EOS masked": lambda: patch.object(train, "collate", without_eos),
+    "task: the prompt alone (no teacher forcing)": lambda: patch.object(train, "step_batches", prompt_only),
+    "task: EOS masked": lambda: patch.object(train, "step_batches", without_eos),
     "L_safe: unshifted": lambda: patch.object(sap, "safety_loss", unshifted_loss),
     "L_safe: logsigmoid of summed log-likelihoods": lambda: patch.object(sap, "safety_loss", logsigmoid_loss),
     "V: of the batch before": lambda: patch.object(sap, "fit_probe", stale([])),

@@ -18,7 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+os.environ["OPENBLAS_NUM_THREADS"] = "1"                             # else NumPy starts a thread
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -27,6 +29,7 @@ import train as train_script  # noqa: E402
 from minisap.script import run  # noqa: E402
 from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer  # noqa: E402
 
+tqdm.monitor_interval = 0                                           # another thread
 SECONDS, ROOM = 10, 256 * 2**20                                    # what a process may take, and in bytes beyond twice its files
 CONFIG = BASE | {"vocab_size": VOCAB_SIZE, "intermediate_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 FAST = ["--steps", "2", "--n_eval", "2", "--batch_size", "2", "--pairs_per_step", "2", "--pairs", "2", "--save_every", "1", "--threads", "1", "--max_len", "96"]
@@ -186,6 +189,7 @@ def listing(folder):
 def attempt(command, folder):
     """(status, what it said, bytes more than before) of a command in a process of its own, at work in `folder`."""
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert len(os.listdir("/proc/self/task")) == 1, "another thread's locks would stay locked in the child"
     child = os.fork()
     if not child:
         try:

@@ -17,9 +17,9 @@ LLAMA_3_8B = LlamaConfig.from_hf({"model_type": "llama", "vocab_size": 128256, "
                                   "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False, "hidden_act": "silu"})
 
 
-def example(prompt, answer):
-    """So many tokens of a prompt, and of an answer."""
-    ids = [*range(100, 100 + prompt + answer)]
+def example(row, prompt, answer, other=False):
+    """So many tokens of a prompt of its own, and of one answer to it or the other."""
+    ids = [row] * prompt + [row + 1000 * other] * answer
     return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
 
 
@@ -27,7 +27,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     given, found = parser.parse_args(), {}
-    rows, pairs = [example(64, 192)] * 8, [(example(64, 96), example(64, 96))] * 2
+    rows, pairs = [example(row, 64, 192) for row in range(8)], [(example(row, 64, 96), example(row, 64, 96, True)) for row in range(2)]
     for method in ("sft", "sap"):
         for checkpointing in (False, True):
             args = train.parse_args(["--model", "none", "--batch_size", "2", "--pairs_per_step", "2", "--dtype", "bfloat16", "--steps", "4", "--device", "cpu",

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmark import flops
 from minisap.data import collate, collate_pairs
 from minisap.lora import add_lora
-from minisap.sap import row_slopes, safety_loss, share, token_nll, unit, useful_loss
-from minisap.tangents import Attention, FrozenLinear, TokenNLL
+from minisap.sap import prefixes_of, row_slopes, safety_loss, token_nll, unit, useful_loss
+from minisap.tangents import Tangents
 from tiny import BASE, tiny_model
 
 MODEL = BASE | {"num_hidden_layers": 3}
@@ -41,14 +41,14 @@ def by_logits(model, batch, probe=None):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_shared_tokens_change_neither_loss_nor_gradients(per_token, model):
+def test_what_is_computed_once_changes_neither_loss_nor_gradients(per_token, model):
     """Those of the weights, and of a probe; one that differs from token to token keeps them apart."""
     D, W = model.config.hidden_size, list(model.parameters())
     V = {j: torch.randn(*BATCH["input_ids"].shape[:2 * per_token], D, generator=torch.Generator().manual_seed(j + 1), dtype=W[0].dtype).requires_grad_() for j in (-1, 1)}
     found, expected = (torch.autograd.grad(loss(model, BATCH, V), [*W, *V.values()]) for loss in (useful_loss, by_logits))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert len(share(BATCH, per_token).first) == (6 + 4 + 6 + 5 + 8 if per_token else 6 + 1 + 0 + 5 + 6)
+    assert len(prefixes_of(BATCH, per_token).origin) == (6 + 4 + 6 + 5 + 8 if per_token else 6 + 1 + 0 + 5 + 6)
 
 
 def test_hidden_states_are_those_of_every_row(model):
@@ -59,54 +59,65 @@ def test_hidden_states_are_those_of_every_row(model):
         torch.testing.assert_close(a[BATCH["labels"] != -100], b[BATCH["labels"] != -100])
 
 
-def test_a_row_that_comes_twice_and_padding_cost_nothing_but_attention_and_logits(model):
+def linear_flops(config, tokens):
+    """Of every layer's matrices (k and v have half as many heads as q)."""
+    return 2 * tokens * config.n_layers * 3 * config.hidden_size * (config.hidden_size + config.intermediate_size)
+
+
+def head_flops(config, rows):
+    return 2 * sum(label != -100 for row in rows for label in row["labels"]) * config.hidden_size * config.vocab_size
+
+
+@pytest.mark.parametrize("rows, tokens", [(ROWS[:1], 6), ([ROWS[0], ROWS[0]], 6), ([ROWS[0], ROWS[1]], 7), (ROWS, 18)])
+def test_what_rows_have_in_common_and_padding_cost_nothing_but_attention_and_logits(rows, tokens, model):
     """(Of those the counter sees the logits alone: fused attention on a CPU is not counted.)"""
-    config, batches = model.config, [collate(rows) for rows in (ROWS[:1], [ROWS[0], ROWS[0]], ROWS)]
-    for batch in batches:
-        tokens, labels = len(share(batch).first), (batch["labels"][:, 1:] != -100).sum().item()
-        attention = 4 * config.hidden_size * config.hidden_size * (1 + config.n_kv_heads / config.n_heads)
-        each = config.n_layers * (attention + 6 * config.hidden_size * config.intermediate_size)
-        with torch.no_grad():
-            assert counted(lambda: useful_loss(model, batch)) == tokens * each + 2 * labels * config.hidden_size * config.vocab_size
+    with torch.no_grad():
+        found = counted(lambda: useful_loss(model, collate(rows)))
+    assert found == linear_flops(model.config, tokens) + head_flops(model.config, rows)
 
 
-LINEAR = [torch.randn(3, 5, 6), torch.randn(4, 6), torch.randn(4)]
-HEADS = [torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6)]
-CLASSES = [3 * torch.randn(7, 11), torch.arange(7)]
+def test_prompts_are_computed_once_and_answered_as_alone(model):
+    """Where a probe is each token's own, nothing is shared, and answers are the same, too."""
+    prompts, apart = [[5, 6, 7, 8], [5, 6, 7], [5, 6, 9, 9], [3]], {-1: torch.zeros(4, 4, model.config.hidden_size, dtype=torch.float64)}
+    answers = lambda probe: model.generate(prompts, 3, probe=probe)
+    assert answers(None) == answers(apart) == [model.generate([prompt], 3)[0] for prompt in prompts]
+    saved = counted(lambda: answers(apart)) - counted(lambda: answers(None))
+    assert saved == linear_flops(model.config, (4 + 3 + 4 + 1) - (4 + 0 + 2 + 1))
 
 
-@pytest.mark.parametrize("function, ours, arguments, moving", [
-    (F.linear, FrozenLinear.apply, LINEAR, 1), (F.linear, FrozenLinear.apply, LINEAR[:2], 1), (lambda z, y: F.cross_entropy(z, y, reduction="none"), TokenNLL.apply, CLASSES, 1),
-    (lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True), lambda *qkv: Attention.apply(*qkv)[0], HEADS, 3)])
-def test_tangents_by_hand_are_the_limits_of_differences(function, ours, arguments, moving):
-    """Central ones, in float64; and the value is PyTorch's."""
+RANDOM = torch.Generator().manual_seed(0)
+LINEAR, HEADS = ([torch.randn(shape, generator=RANDOM) for shape in shapes] for shapes in (((3, 5, 6), (4, 6), (4,)), ((2, 4, 5, 6), (2, 2, 5, 6), (2, 2, 5, 6))))
+CLASSES = [3 * torch.randn(7, 11, generator=RANDOM), torch.arange(7)]
+linear, attention, token_nll_of = F.linear, lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=None, is_causal=True, enable_gqa=True), lambda z, y: F.cross_entropy(z, y, reduction="none")
+
+
+@pytest.mark.parametrize("function, arguments, moving", [(linear, LINEAR, 1), (linear, LINEAR[:2], 1), (linear, LINEAR, 2), (linear, LINEAR, 3), (token_nll_of, CLASSES, 1), (attention, HEADS, 3)])
+def test_tangents_by_hand_are_the_limits_of_differences(function, arguments, moving):
+    """Central ones, in float64, whichever of the arguments move; and the value is PyTorch's."""
     arguments = [x.double() if x.is_floating_point() else x for x in arguments]
-    tangents, h = [torch.randn_like(x) for x in arguments[:moving]], 1e-6
+    tangents, h = [torch.randn(x.shape, generator=RANDOM, dtype=x.dtype) for x in arguments[:moving]], 1e-6
     moved = lambda step: function(*(x + step * t for x, t in zip(arguments, tangents)), *arguments[moving:])
-    with forward_ad.dual_level():
-        value, tangent = forward_ad.unpack_dual(ours(*map(forward_ad.make_dual, arguments, tangents), *arguments[moving:]))
+    with forward_ad.dual_level(), Tangents():
+        value, tangent = forward_ad.unpack_dual(function(*map(forward_ad.make_dual, arguments, tangents), *arguments[moving:]))
     torch.testing.assert_close(value, function(*arguments))
     torch.testing.assert_close(tangent, (moved(h) - moved(-h)) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
-def test_slopes_cost_two_forward_passes_and_what_lora_and_attention_take(model):
-    """Of a linear layer that is frozen, what moves goes through once; PyTorch's own forward mode would multiply by its tangent, of zeros, too."""
-    batch, pairs = collate(ROWS), collate_pairs([(ROWS[1], ROWS[2])])
-    with torch.no_grad():
-        forward = counted(lambda: useful_loss(model, batch))
-    W = add_lora(model, r=1)
-    direction = unit(torch.autograd.grad(safety_loss(model, pairs), W))
-    config, (B, T), tokens = model.config, batch["input_ids"].shape, len(share(batch).first)
-    attention = config.n_layers * 7 * 2 * B * T * T * config.hidden_size                        # q k, P v; (q̇, q) (k, k̇), twice as wide; Ṗ v, P v̇, and one to spare
-    lora = config.n_layers * 2 * 6 * tokens * 4 * config.hidden_size
-    assert forward < counted(lambda: row_slopes(model, W, direction, batch)) < 2 * forward + attention + lora
+def test_a_slope_costs_two_forward_passes_and_what_lora_and_attention_take(model):
+    """Through a linear layer that is frozen what moves goes once. (PyTorch's own forward mode multiplies by its tangent, of zeros, too.)"""
+    W, pairs, r, tokens = add_lora(model, r=1), collate_pairs([(ROWS[1], ROWS[2])]), 1, 18
+    direction, config = unit(torch.autograd.grad(safety_loss(model, pairs), W)), model.config
+    (B, T), D = BATCH["input_ids"].shape, config.hidden_size
+    inputs = 2 * tokens * 2 * D * D                                     # q, k and v of the first layer, into which nothing goes that moves
+    lora = config.n_layers * 3 * 2 * tokens * r * (4 * D - D // 2)      # each of q's and v's two products: itself, and with either factor's tangent
+    heads = config.n_layers * 6 * 2 * B * T * T * D                     # q k, P v; (q̇, q) (k, k̇), twice as long; Ṗ v, P v̇
+    assert counted(lambda: row_slopes(model, W, direction, BATCH)) == 2 * (linear_flops(config, tokens) + head_flops(config, ROWS)) - inputs + lora + heads
 
 
 def test_the_benchmark_s_flops_are_those_that_pytorch_counts(model):
     """But for attention, which the counter does not see on a CPU."""
-    whole, tokens = flops(model.config, BATCH, 1), len(share(BATCH).first)
     B, T = BATCH["input_ids"].shape
-    attention = model.config.n_layers * 2 * B * T * T * model.config.hidden_size
+    unseen = model.config.n_layers * 2 * B * T * T * model.config.hidden_size
     with torch.no_grad():
-        assert counted(lambda: useful_loss(model, BATCH)) == whole - attention
-        assert counted(lambda: by_logits(model, BATCH)) == flops(model.config, BATCH, 1, shared=False) - attention
+        assert counted(lambda: useful_loss(model, BATCH)) == flops(model.config, BATCH, 1) - unseen
+        assert counted(lambda: by_logits(model, BATCH)) == flops(model.config, BATCH, 1, distinct=False) - unseen

@@ -8,20 +8,20 @@ from departures import DEPARTURES, by_difference, in_bfloat16, logsigmoid_loss, 
 from minisap import sap
 from minisap.data import collate
 from minisap.sap import fit_probe
-from test_sap import LAYERS, example, g_hat_of, world  # noqa: F401 (a fixture)
+from test_sap import LAYERS, PAIRS, example, g_hat_of, world  # noqa: F401 (a fixture)
 
 ROWS = [example(i, n=6 + i) for i in range(3)]
 
 
 def test_the_answer_is_hidden_and_stays_the_label():
-    batch, plain = prompt_only(ROWS, "cpu"), collate(ROWS)
+    batch, plain = prompt_only(ROWS, PAIRS, "cpu")[0], collate(ROWS)
     answer = plain["labels"] != -100
     assert torch.equal(batch["labels"], plain["labels"]) and not batch["input_ids"][answer].any()
     assert torch.equal(batch["input_ids"][~answer], plain["input_ids"][~answer])
 
 
 def test_the_last_label_alone_is_masked():
-    batch, plain = without_eos(ROWS, "cpu"), collate(ROWS)
+    batch, plain = without_eos(ROWS, PAIRS, "cpu")[0], collate(ROWS)
     for i, row in enumerate(ROWS):
         n = len(row["labels"])
         assert batch["labels"][i, n - 1] == -100 and torch.equal(batch["labels"][i, :n - 1], plain["labels"][i, :n - 1])
@@ -65,13 +65,13 @@ def test_a_noisy_difference_has_the_norm_but_not_the_direction(noisy, world):  #
 
 @pytest.mark.parametrize("name", DEPARTURES)
 def test_every_departure_reaches_the_step_and_leaves_nothing_behind(name, world):  # noqa: F811
-    model, W, _, pairs = world
+    model, W, _, _ = world
     model.to(torch.float32)
 
     def two_steps():
         found = []
         for _ in range(2):
-            batch = train.collate(ROWS, device="cpu")
+            batch, pairs = train.step_batches(ROWS, PAIRS, "cpu")
             found.append(sap.paper_step(model, W, batch, pairs, LAYERS, radius=0.3, projection=True)[0])
         return [g for step in found for g in step]
 

@@ -43,11 +43,12 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
 
 def test_a_process_may_have_no_row_at_all(tmp_path):
     """One row and one pair a step, and a filter that leaves some steps without any; then taken up again where all steps are done but the end."""
-    few = ["--batch_size", "1", "--pairs_per_step", "1", "--poison", "0.5", "--method", "sap"]
+    few = ["--batch_size", "1", "--pairs_per_step", "1", "--poison", "0.5", "--method", "sap", "paper_project"]
     done = by_two(tmp_path / "two", *few)
     assert done.returncode == 0, done.stderr[-2000:]
     train.main(["--out_dir", str(tmp_path / "one"), *FAST, *few])
-    check_same(tmp_path / "one", tmp_path / "two", "sap")
+    for method in ("sap", "paper_project"):
+        check_same(tmp_path / "one", tmp_path / "two", method)
     assert {json.loads(line)["left_out"] for line in open(tmp_path / "one" / "sap" / "log.jsonl")} == {0, 1}
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minisap import checkpoint
 from minisap.data import batch_rows, collate, encode_example, encode_prompt, poison_rows, split_rows
-from minisap.model import shared_tokens
+from minisap.model import distinct_prefixes
 from minisap.parallel import shares
 from minisap.sap import fit_probe, inner, project_out_harm, unit
 from minisap.tokenizer import FORMATS, Tokenizer
@@ -74,11 +74,11 @@ def test_a_batch_holds_its_rows_and_padding_that_is_not_learnt(rows):
 
 @given(rows=st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=6), apart=st.booleans())
 def test_rows_share_their_beginnings_and_nothing_else(rows, apart):
-    """Two tokens have one number where their rows are the same up to there, and only there: there are as many as different beginnings."""
-    places, first = shared_tokens(rows, apart)
-    beginnings = [[(i * apart, *row[:j + 1]) for j in range(len(row))] for i, row in enumerate(rows)]
-    assert [[beginnings[first[n][0]][first[n][1]] for n in place] for place in places] == beginnings
-    assert len(first) == len({beginning for row in beginnings for beginning in row}) and first == sorted(first)
+    """Two tokens have one number where their rows are the same up to there, and only there: there are as many as different prefixes."""
+    numbers, origins = distinct_prefixes(rows, apart)
+    prefixes = [[(i * apart, *row[:j + 1]) for j in range(len(row))] for i, row in enumerate(rows)]
+    assert [[prefixes[origins[n][0]][origins[n][1]] for n in line] for line in numbers] == prefixes
+    assert len(origins) == len({prefix for row in prefixes for prefix in row}) and origins == sorted(origins)
 
 
 @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12), room=st.integers(1, 100))

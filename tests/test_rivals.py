@@ -32,6 +32,7 @@ def move(W, shift):
 
 @pytest.mark.parametrize("method", RIVALS)
 def test_a_knob_at_0_is_sft_bit_for_bit_and_W_stays(method, world):  # noqa: F811
+    """(vaccine's probe is each token's own, so that what rows have in common is computed for each: mix, to rounding.)"""
     model, W, batch, pairs = world
     args, state, saved = args_with(**{method: 0.0}), {"step": 0}, [w.detach().clone() for w in W]
     RIVALS[method](model, W, batch, pairs, args, state)                                       # at the start
@@ -40,7 +41,8 @@ def test_a_knob_at_0_is_sft_bit_for_bit_and_W_stays(method, world):  # noqa: F81
     found, log = RIVALS[method](model, W, batch, pairs, args, state)
     limit = "mix" if method in BEFORE else "project" if method == "steer_project" else "sft"
     expected, _ = METHODS[limit](model, W, batch, pairs, args, {"step": 0})
-    assert all(torch.equal(a, b) for a, b in zip(found, expected)) and log["loss"] > 0
+    same = torch.allclose if method == "vaccine" else torch.equal
+    assert all(same(a, b) for a, b in zip(found, expected)) and log["loss"] > 0
     if method in AFTER:
         AFTER[method](model, W, args, state, tiny_model(BASE | {"num_hidden_layers": 3}, seed=9))
     assert all(torch.equal(a, b) for a, b in zip(W, saved))
@@ -127,7 +129,7 @@ def test_vaccine_s_perturbation_raises_the_loss_as_its_norm_says(world):  # noqa
     values = [RIVALS["vaccine"](model, W, batch, pairs, args_with(vaccine=rho), {"step": 0})[1]["loss"] for rho in (0.0, 1e-4, 2e-4)]
     hidden = []
     handles = [layer.register_forward_hook(lambda module, inputs, x: hidden.append(x)) for layer in model.model.layers]
-    nats = sum(response_nll(model, rows)[0].sum() for rows in (batch, pairs["safe"]))
+    nats = sum(F.cross_entropy(model(rows["input_ids"])[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), reduction="sum") for rows in (batch, pairs["safe"]))
     tokens = sum((rows["labels"] != -100).sum() for rows in (batch, pairs["safe"]))
     steepest = torch.sqrt(sum((g**2).sum() for g in torch.autograd.grad(nats / tokens, hidden)))
     for handle in handles:

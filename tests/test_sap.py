@@ -37,7 +37,7 @@ def world(request):
             torch.nn.init.normal_(w, std=0.1, generator=torch.Generator().manual_seed(i))
     else:
         W = list(model.parameters())
-    batch = collate([example(i, n=6 + i) for i in range(4)])
+    batch = collate([example(i, i // 2, n=6 + i) for i in range(4)])            # of two prompts
     return model, W, batch, collate_pairs(PAIRS)
 
 
@@ -370,7 +370,7 @@ def test_random_probe_has_sap_s_norms_and_changes_with_step_and_seed(world, monk
 
 def test_mix_is_cross_entropy_over_both_sets_of_rows(world):
     model, W, batch, pairs = world
-    rows = [example(i, n=6 + i) for i in range(4)] + [example(20 + i, 10 + i) for i in range(3)]
+    rows = [example(i, i // 2, n=6 + i) for i in range(4)] + [example(20 + i, 10 + i) for i in range(3)]
     for a, b in zip(METHODS["mix"](model, W, batch, pairs, ARGS, {"step": 0})[0], gradient(model, W, collate(rows))):
         torch.testing.assert_close(a, b)
 
