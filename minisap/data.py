@@ -203,7 +203,7 @@ def batch_rows(rows, batch_size, step, seed):
 
 def rows_of_run(n, batch_size, steps, seed):
     """Of n rows the places of those that a run of so many steps comes to."""
-    return sorted({place for step in range(steps) for place in batch_rows(range(n), batch_size, step, seed)})
+    return sorted({place for step in range(min(steps, 1 + n // batch_size)) for place in batch_rows(range(n), batch_size, step, seed)})
 
 
 def messages_of(prompt):

@@ -3,7 +3,7 @@
     pip install transformers peft && python tests/benchmark.py --json benchmark.json     smollm2-135m-q4, about a quarter of an hour on two cores
     python tests/benchmark.py --model X --dtype bfloat16 --device cuda --ours            ours alone, of any checkpoint
 
-Rows are the built-in ones, three to a conversation. Seconds are medians over --repetitions, after two steps that are not counted; a peak of memory is
+Rows are the built-in ones, three to a conversation. Seconds are medians over --repetitions of which the first is left out, each of two steps of which the second counts; a peak of memory is
 that of a process of its own. "of the peak": the FLOPs that `flops` counts, as a share of what this machine does in one large matrix product.
 """
 import argparse
@@ -178,17 +178,18 @@ def matmul_peak(args, n=4096):
 
 
 def measured(args, names):
-    """{name: median seconds}, the subjects in turn."""
+    """{name: median seconds}, the subjects in turn; each steps twice, and the second counts: in training a step follows one of its own kind, and finds its memory there."""
     steps = {name: (SUBJECTS | THEIRS)[name](args) for name in names}
     seconds = {name: [] for name in names}
-    for i in range(2 + args.repetitions):
+    for i in range(1 + args.repetitions):
         for name, step in steps.items():
-            few = name.endswith(("generate", "load")) and i > 4
-            began = synchronised(args)
+            few = name.endswith(("generate", "load")) and i > 3
             if not few:
-                step(ROWS_PER_ROW * i)
+                step(ROWS_PER_ROW * 2 * i)
+                began = synchronised(args)
+                step(ROWS_PER_ROW * (2 * i + 1))
                 seconds[name].append(synchronised(args) - began)
-    return {name: statistics.median(of_name[2:]) for name, of_name in seconds.items()}
+    return {name: statistics.median(of_name[1:]) for name, of_name in seconds.items()}
 
 
 def peak_of(args, name):
@@ -219,7 +220,7 @@ def main():
     add("--batch_size", type=int, default=8)
     add("--pairs", type=int, default=4, help="contrastive pairs a step")
     add("--max_len", type=int, default=128)
-    add("--repetitions", type=int, default=7)
+    add("--repetitions", type=int, default=6)
     add("--json", type=Path, metavar="FILE")
     add("--peak", choices=[*SUBJECTS, *THEIRS], help=argparse.SUPPRESS)
     args = parser.parse_args()
