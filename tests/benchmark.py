@@ -231,10 +231,11 @@ def main():
     names = [*SUBJECTS] + [*THEIRS] * (not args.ours)
     config = load_config(args.model)
     estimated = {name: estimate(options(args), method, config, largest_batches(options(args), config, *encoded(args))) for name, method in ESTIMATED.items()}
-    report(args, measured(args, names), {name: peak_of(args, name) for name in names if name != "load"}, estimated)
+    seconds, peak = measured(args, names), matmul_peak(args)
+    report(args, seconds, peak, {name: peak_of(args, name) for name in names if name != "load"}, estimated)
 
 
-def report(args, seconds, peaks, estimated):
+def report(args, seconds, peak, peaks, estimated):
     """Print the table, and write the JSON."""
     config, (_, batch, contrast) = load_config(args.model), batches(args)
     task, both = batch(0), contrast(0)["both"]
@@ -244,7 +245,6 @@ def report(args, seconds, peaks, estimated):
     peaks |= {name: max(peaks["sap"], peaks["sap_filter"]) for name in seconds if name.startswith("sap,")}
     counted = {"sft": flops(config, task, 2), "hf_sft": flops(config, task, 2, distinct=False), "sap": flops(config, task, 2) + flops(config, both, 2)}
     counted["sap, 1 epoch"] = counted["sap"] + flops(config, task, 2)            # forward mode: what is computed, and how it moves
-    peak = matmul_peak(args)
     print(f"{args.model.name}, {args.dtype}, {args.device}, {args.threads} threads; a step's {task['input_ids'].numel()} task tokens and {both['input_ids'].numel()} contrastive ones, "
           f"padding included, of which {distinct[0]} and {distinct[1]} are computed (what rows begin with in common once, padding not); matrix products at {peak / 1e9:.0f} GFLOP/s; by FLOPs alone sap would take {counted['sap, 1 epoch'] / counted['sft']:.2f} × sft in one epoch")
     print_table([["", "seconds", "× sft", "of the peak", "peak memory, GiB", "estimated"],
