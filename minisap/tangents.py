@@ -1,8 +1,8 @@
 """Forward-mode derivatives of what the model spends its time in, by hand. PyTorch's own multiply by the tangents of frozen weights, which are zero, have none of fused
-attention, and take the softmax apart: with these a slope costs half.
+attention, and take the softmax apart: with these a slope takes 0.6 times as long.
 
-Within `Tangents` they stand in for the functions of torch.nn.functional. Of every Function: forward computes what PyTorch's would, jvp (the tangents of
-its arguments, None where there is none) the tangent of that.
+Within `Tangents` they stand in for the functions of torch.nn.functional. Of every Function: forward computes what PyTorch's would, jvp, of
+the tangents of its arguments, the tangent of that.
 """
 import torch
 import torch.nn.functional as F
