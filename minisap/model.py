@@ -28,15 +28,21 @@ def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     return torch.lerp(frequency / s["factor"], frequency, ramp.clamp(0, 1))
 
 
+def rope_of(config, positions, dtype):
+    """(cos, sin) with which `rotate` turns tokens at positions (B, T), both (B, T, 1, Dh); of sin the first half is negative."""
+    angle = positions[..., None, None] * rope_frequencies(config, positions.device)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
 def widen(x):
     """In float32 or wider (not .float(): that would round float64 down): sums of squares over- and underflow in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotate(x, cos, sin):
-    """RoPE in Hugging Face's split-half layout: feature i turns with feature i + Dh/2.  x: (B, heads, T, Dh)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """RoPE in Hugging Face's split-half layout: feature i turns with feature i + Dh/2.  x: (B, T, heads, Dh)."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -47,8 +53,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = widen(x)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        mean_square = torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1]
+        return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
 
 
 def distinct_prefixes(rows, apart=False):
@@ -120,15 +126,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_heads * Dh, D, bias=False)
 
     def forward(self, x, rope, mask, cache, prefixes=None):
-        """x (B, T, D) -> (B, T, D).  rope: (cos, sin) of every position.  mask (B, 1, T, S) or None for causal.
+        """x (B, T, D) -> (B, T, D).  rope: (cos, sin) of every token, see rotate.  mask (B, 1, T, S) or None for causal.
         cache: this layer's KVCache while generating, else None.  prefixes: x is (1, N, D), as is what is returned; each row attends by itself."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        by_head = lambda x: x.unflatten(2, (-1, self.head_dim))                    # (B, T, heads, Dh)
+        q, k, v = rotate(by_head(self.q_proj(x)), *rope).flatten(2), rotate(by_head(self.k_proj(x)), *rope).flatten(2), self.v_proj(x)
         if prefixes is not None:
             q, k, v = map(prefixes.unfold, (q, k, v))
-        q = q.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2)          # (B, H, T, Dh)
-        k = k.unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)       # (B, K, T, Dh)
-        v = v.unflatten(2, (self.n_kv_heads, self.head_dim)).transpose(1, 2)       # (B, K, T, Dh)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (by_head(x).transpose(1, 2) for x in (q, k, v))                  # (B, H, T, Dh), and (B, K, T, Dh) twice
         if cache is not None:
             k, v = cache.append(k, v)                                              # (B, K, S, Dh)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -184,9 +188,10 @@ class Decoder(nn.Module):
         probe = {j: v if v.dim() == 1 else fold(v.expand(*input_ids.shape, -1)) for j, v in (probe or {}).items()}
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        angle = positions[:, None, :, None] * rope_frequencies(self.config, input_ids.device)      # (B, 1, T, Dh/2)
-        x = take(self.embed_tokens.weight, input_ids if prefixes is None else input_ids.flatten()[prefixes.origin][None])       # (B, T, D), or (1, N, D)
-        rope = tuple(f(angle).repeat(1, 1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
+        if prefixes is not None:
+            input_ids, positions = (x.expand(input_ids.shape).flatten()[prefixes.origin][None] for x in (input_ids, positions))         # (1, N)
+        x = take(self.embed_tokens.weight, input_ids)                                              # (B, T, D), or (1, N, D)
+        rope = rope_of(self.config, positions, x.dtype)
         if -1 in probe:
             x = x + probe[-1].to(x.dtype)
         keeps = not self.checkpointing or caches or mlp_streams is not None or not torch.is_grad_enabled()

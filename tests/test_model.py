@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisap.checkpoint import load_model
-from minisap.model import Llama, LlamaConfig, rope_frequencies
+from minisap.model import Llama, LlamaConfig, rope_frequencies, rope_of
 from tiny import BASE, CONFIGS, LLAMA3_ROPE, tiny_model, write_checkpoint
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "logits.json").read_text())
@@ -95,13 +95,8 @@ def test_probe_adds_to_the_output_of_its_layer():
     model.model(ids, hidden=hidden)
     model.model(ids, {0: v}, hidden=probed)
     torch.testing.assert_close(probed[0], hidden[0] + v)
-    torch.testing.assert_close(probed[1], model.model.layers[1](hidden[0] + v, *rope_of(model, 4)))
+    torch.testing.assert_close(probed[1], model.model.layers[1](hidden[0] + v, rope_of(model.config, torch.arange(4)[None], v.dtype), None, None))
     torch.testing.assert_close(model(ids, {0: torch.zeros_like(v)}), model(ids))
-
-
-def rope_of(model, T):
-    angle = torch.arange(T)[None, None, :, None] * rope_frequencies(model.config)
-    return tuple(f(angle).repeat(1, 1, 1, 2).double() for f in (torch.cos, torch.sin)), None, None
 
 
 @pytest.mark.parametrize("change, message", [
