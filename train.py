@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
     add("--refusal_weight", type=float, default=0.0, help="μ: and μ times that of the pairs' refusals' cross-entropy; against identity shifting, see README (default: 0)")
-    add("--refresh", type=int, default=1, help="take sap's ∇L_safe (ĝ, and what λ adds) anew every so many steps; more is cheaper (default: 1)")
+    add("--refresh", type=int, default=1, help="take ĝ (and sap's λ ∇L_safe, and the paper's probe) anew every so many steps; more is cheaper (default: 1)")
     add = parser.group("the paper's SAP (paper, paper_project), and other probes")
     add("--layers", help="layers that carry a probe, as 10-19 or 3,9 (default: the middle third)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")

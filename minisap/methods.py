@@ -50,12 +50,12 @@ def filtered(task, counts):
 def paper(model, W, batch, contrast, args, state):
     """Safety-Aware Probing as published (arXiv 2505.16737), as far as we know it: the probe on hidden states, nothing more. β is
     replaced by a norm (see fit_probe), and line 4 is exact, unless --epsilon asks for a difference."""
-    return paper_step(model, W, batch, contrast, args.layers, args.radius, args.epsilon)
+    return paper_step(model, W, batch, contrast, state, args.layers, args.radius, args.epsilon, refresh=args.refresh)
 
 
 def paper_project(model, W, batch, contrast, args, state):
     """The same, and sap's projection after it."""
-    return paper_step(model, W, batch, contrast, args.layers, args.radius, args.epsilon, projection=True)
+    return paper_step(model, W, batch, contrast, state, args.layers, args.radius, args.epsilon, projection=True, refresh=args.refresh)
 
 
 def project(model, W, batch, contrast, args, state):
@@ -100,7 +100,7 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
     return RELEASED_LR * (m / (1 - beta_1**count)) / ((v / (1 - beta_2**count)).sqrt() + 1e-8)
 
 
-READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refusal_weight": ("sap",), "refresh": ("sap",), "epsilon": ("paper", "paper_project"),
+READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refusal_weight": ("sap",), "refresh": ("sap", "paper", "paper_project"), "epsilon": ("paper", "paper_project"),
            "radius": ("paper", "paper_project", "random_probe"), "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project")}
 FIRST = {"sap": choose_rows}                                                                  # before the first step, by the start's weights
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs

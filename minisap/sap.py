@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -143,16 +142,38 @@ def zero_probe(model, layers):
     return {j: zero.clone().requires_grad_() for j in layers}
 
 
+class Called(nn.Module):
+    """A model of which functional_call can call any function."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, f):
+        return f(self.model)
+
+
+def derivative_along(model, W, direction, f):
+    """d f(model) / dt as W moves by t · direction, at t = 0, by forward-mode differentiation (tangents.py); it can itself be differentiated by all but W.
+    (Checkpointing would compute layers anew when nothing moves any more, and rests.)"""
+    names, checkpointing = {id(w): name for name, w in Called(model).named_parameters()}, model.model.checkpointing
+    model.model.checkpointing = False
+    try:
+        with forward_ad.dual_level(), Tangents():
+            moving = {names[id(w)]: forward_ad.make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)}
+            return forward_ad.unpack_dual(functional_call(Called(model), moving, (f,))).tangent
+    finally:
+        model.model.checkpointing = checkpointing
+
+
 def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
     """(∇_V L_su, ∇_V L_useful) at V = 0 of a probe on states, each {layer: (D,)}. The first is line 4 as ε → 0, exactly:
-    ∇_V ⟨∇_W L_useful(W, V), ĝ⟩. No ε, and no subtraction of nearly equal numbers, so that it survives bfloat16. Fused attention has
-    no second derivative: this pass takes the plain one."""
-    V = zero_probe(model, layers)
-    with sdpa_kernel(SDPBackend.MATH):
-        both = torch.autograd.grad(useful_loss(model, batch, V, hidden), [*W, *V.values()], create_graph=True)
-        g_W, g_V = both[:len(W)], both[len(W):]
-        d = torch.autograd.grad(inner(g_W, g_hat), list(V.values()))
-    return dict(zip(V, parallel.summed(d))), dict(zip(V, parallel.summed(g.detach() for g in g_V)))
+    ∇_V ⟨∇_W L_useful(W, V), ĝ⟩, the gradient of a derivative along ĝ. No ε, and no subtraction of nearly equal numbers, so that it survives bfloat16.
+    If V moved, too, by t · V̇, that derivative would be ⟨∇_V L_useful, V̇⟩ more: the second is its gradient by V̇, at V̇ = 0."""
+    V, V_dot = zero_probe(model, layers), zero_probe(model, layers)
+    L_useful = lambda model: useful_loss(model, batch, {j: forward_ad.make_dual(V[j], V_dot[j]) for j in layers}, hidden)
+    d = gradient(derivative_along(model, W, g_hat, L_useful), [*V.values(), *V_dot.values()])
+    return dict(zip(V, d)), dict(zip(V, d[len(V):]))
 
 
 def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
@@ -185,27 +206,14 @@ def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
     return {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
 
 
-class RowLosses(nn.Module):
-    """A model whose output is the loss of every row of a batch, (B,) in nats per token."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch):
-        nats, tokens = response_nll(self.model, batch)
-        return nats / tokens
-
-
 @torch.no_grad()
 def row_slopes(model, W, direction, batch):
-    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, nats per token, by forward-mode differentiation (tangents.py): exact, at the cost of
+    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, nats per token: exact, at the cost of
     about two forward passes with LoRA, of three with all weights. Below 0 a move along the direction lowers the row's loss."""
-    losses = RowLosses(model)
-    names = {id(w): name for name, w in losses.named_parameters()}
-    with forward_ad.dual_level(), Tangents():
-        moving = {names[id(w)]: forward_ad.make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)}
-        return forward_ad.unpack_dual(functional_call(losses, moving, (batch,))).tangent
+    def losses(model):
+        nats, tokens = response_nll(model, batch)
+        return nats / tokens
+    return derivative_along(model, W, direction, losses)
 
 
 def by_length(examples, batch_size):
@@ -264,11 +272,14 @@ def project_out_harm(grads, g_hat):
     return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
 
 
-def paper_step(model, W, batch, contrast, layers, radius, epsilon=0.0, projection=False):
+def paper_step(model, W, batch, contrast, state, layers, radius, epsilon=0.0, projection=False, refresh=1):
     """(gradient, log) of one step of Algorithm 1 with the paper's probe, for an optimizer to follow (line 7), and, if so, the projection
-    after it. contrast: see collate_pairs. At radius 0 and without projection SFT, bit for bit."""
-    log, g_hat = {}, harmful_direction(model, W, contrast)                                # line 2
-    V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)                # lines 3, 4, 5
+    after it. contrast: see collate_pairs. state and refresh: as in sap_step, of ĝ and V_safe. At radius 0 and without projection SFT, bit for bit."""
+    log, (g_hat, V_safe) = {}, state.get("probe", (None, None))
+    if state["step"] % refresh == 0:
+        g_hat = harmful_direction(model, W, contrast)                                       # line 2
+        V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)            # lines 3, 4, 5
+        state |= {"probe": (g_hat, V_safe)} if refresh > 1 else {}
     loss = useful_loss(model, batch, V_safe)
     g_W = gradient(loss, W)                                                                 # line 6
     log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}

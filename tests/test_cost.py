@@ -6,9 +6,10 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import flops
+from minisap import tangents
 from minisap.data import collate, collate_pairs
 from minisap.lora import add_lora
-from minisap.sap import prefixes_of, row_slopes, safety_loss, token_nll, unit, useful_loss
+from minisap.sap import prefixes_of, probe_gradient, row_slopes, safety_loss, token_nll, unit, useful_loss
 from minisap.tangents import Tangents
 from tiny import BASE, tiny_model
 
@@ -103,6 +104,16 @@ def test_tangents_by_hand_are_the_limits_of_differences(function, arguments, mov
     torch.testing.assert_close(tangent, (moved(h) - moved(-h)) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
+def test_the_model_calls_the_tangents_by_hand(model, monkeypatch):
+    """By the way in which it calls what they stand for; in the first layer nothing that the key is made from moves."""
+    calls = []
+    for name in ("frozen_linear", "causal_attention", "token_nll"):
+        monkeypatch.setattr(tangents, name, lambda *args, name=name, function=getattr(tangents, name): calls.append(name) or function(*args))
+    W = add_lora(model, r=1)
+    row_slopes(model, W, [torch.ones_like(w) for w in W], BATCH)
+    assert calls == ["causal_attention", *["frozen_linear"] * 4, *[*["frozen_linear"] * 3, "causal_attention", *["frozen_linear"] * 4] * 2, "frozen_linear", "token_nll"]
+
+
 def test_a_slope_costs_two_forward_passes_and_what_lora_and_attention_take(model):
     """Through a linear layer that is frozen what moves goes once. (PyTorch's own forward mode multiplies by its tangent, of zeros, too.)"""
     W, pairs, r, tokens = add_lora(model, r=1), collate_pairs([(ROWS[1], ROWS[2])]), 1, 18
@@ -112,6 +123,17 @@ def test_a_slope_costs_two_forward_passes_and_what_lora_and_attention_take(model
     lora = config.n_layers * 3 * 2 * tokens * r * (4 * D - D // 2)      # each of q's and v's two products: itself, and with either factor's tangent
     heads = config.n_layers * 6 * 2 * B * T * T * D                     # q k, P v; (q̇, q) (k, k̇), twice as long; Ṗ v, P v̇
     assert counted(lambda: row_slopes(model, W, direction, BATCH)) == 2 * (linear_flops(config, tokens) + head_flops(config, ROWS)) - inputs + lora + heads
+
+
+def test_the_probe_costs_a_slope_and_its_way_back_to_the_lowest_probed_layer(model):
+    """Both ways, that of x and that of ẋ; and none through a weight."""
+    W, r, tokens, (B, T), config, D = add_lora(model, r=1), 1, 18, BATCH["input_ids"].shape, model.config, model.config.hidden_size
+    direction = [torch.ones_like(w) for w in W]
+    slope, *probes = (counted(f) for f in (lambda: row_slopes(model, W, direction, BATCH), lambda: probe_gradient(model, W, direction, BATCH, [2]),
+                                           lambda: probe_gradient(model, W, direction, BATCH, [1, 2])))
+    assert probes[0] == slope + 2 * head_flops(config, ROWS)
+    layer = 2 * linear_flops(config, tokens) // config.n_layers + 3 * 2 * tokens * r * (4 * D - D // 2) + 12 * 2 * B * T * T * D          # of attention's six products, two factors each
+    assert probes[1] == probes[0] + layer
 
 
 def test_the_benchmark_s_flops_are_those_that_pytorch_counts(model):

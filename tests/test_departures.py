@@ -72,7 +72,7 @@ def test_every_departure_reaches_the_step_and_leaves_nothing_behind(name, world)
         found = []
         for _ in range(2):
             batch, pairs = train.step_batches(ROWS, PAIRS, "cpu")
-            found.append(sap.paper_step(model, W, batch, pairs, LAYERS, radius=0.3, projection=True)[0])
+            found.append(sap.paper_step(model, W, batch, pairs, {"step": 0}, LAYERS, radius=0.3, projection=True)[0])
         return [g for step in found for g in step]
 
     plain = two_steps()

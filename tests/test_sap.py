@@ -207,6 +207,18 @@ def test_g_hat_is_kept_between_refreshes(world):
         assert all(torch.equal(a, b) for a, b in zip(found, expected)) and ("safety_loss" in log) == (step % 2 == 0)
 
 
+def test_the_paper_s_g_hat_and_probe_are_kept_between_refreshes(world):
+    """The second step takes those of the first, whatever its pairs and its batch; its batch is its own."""
+    model, W, batch, pairs = world
+    state, rows = {}, [collate(ROWS[i:i + 2]) for i in range(3)]
+    step = lambda state, rows, contrast, refresh=1: paper_step(model, W, rows, contrast, state, LAYERS, 0.3, projection=True, refresh=refresh)[0]
+    V = fit_probe(model, W, g_hat_of(world), rows[0], LAYERS, 0.3)
+    between = project_out_harm(torch.autograd.grad(useful_loss(model, rows[1], V), W), g_hat_of(world))
+    for number, contrast, expected in ((0, pairs, step({"step": 0}, rows[0], pairs)), (1, FLIPPED, between), (2, FLIPPED, step({"step": 0}, rows[2], FLIPPED))):
+        state["step"] = number
+        assert all(torch.equal(a, b) for a, b in zip(step(state, rows[number], contrast, refresh=2), expected))
+
+
 def test_the_refusal_weight_adds_the_gradient_of_the_refusals_cross_entropy(world):
     model, W, batch, pairs = world
     found, log = sap_step(model, W, batch, pairs, {"step": 0}, projection=False, refusal_weight=0.3)
@@ -311,8 +323,8 @@ ARGS = Namespace(gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="o
 def test_without_probe_and_projection_sap_and_the_paper_s_are_sft_bit_for_bit(world):
     model, W, batch, pairs = world
     expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {"step": 0})
-    for found, _ in (sap_step(model, W, batch, pairs, {"step": 0}, projection=False), paper_step(model, W, batch, pairs, LAYERS, radius=0.0),
-                     paper_step(model, W, batch, pairs, [], radius=1.0)):
+    for found, _ in (sap_step(model, W, batch, pairs, {"step": 0}, projection=False), paper_step(model, W, batch, pairs, {"step": 0}, LAYERS, radius=0.0),
+                     paper_step(model, W, batch, pairs, {"step": 0}, [], radius=1.0)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -409,9 +421,10 @@ def test_the_methods_pass_every_argument_on(world):
     METHODS["sap"](model, W, both, pairs, args, state)
     assert "g_safe" in state                                                                                    # refresh arrives
     for epsilon in (0.0, 0.1):
-        expected, _ = paper_step(model, W, both, pairs, [0], 0.3, epsilon)
-        found, _ = METHODS["paper"](model, W, both, pairs, Namespace(**{**vars(args), "epsilon": epsilon}), {})
-        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        for name in ("paper", "paper_project"):
+            expected, _ = paper_step(model, W, both, pairs, {"step": 0}, [0], 0.3, epsilon, projection=name == "paper_project")
+            found, _ = METHODS[name](model, W, both, pairs, Namespace(**{**vars(args), "epsilon": epsilon}), state := {"step": 0})
+            assert all(torch.equal(a, b) for a, b in zip(found, expected)) and "probe" in state
 
 
 def test_a_slope_that_is_no_number_is_found_though_another_row_has_its_source(world, monkeypatch):
