@@ -41,19 +41,19 @@ def check_finite(quantities):
 
 def token_nll(model, batch, probe=None, hidden=None):
     """(nll, rows, places), all (N,): the negative log-likelihood in nats of every labelled token, and where it stands. Tokens that rows have in common at their
-    beginning are computed once, and none behind a row's last label; into `hidden` goes what every layer puts out, (B, T, D)."""
+    beginning are computed once, and none from which no label follows; into `hidden` goes what every layer puts out, (B, T, D), of a row's last label, too."""
     labelled = batch["labels"][:, 1:] != -100                                       # position t predicts token t + 1
     part = {key: x[parallel.mine(len(labelled))] for key, x in batch.items()}
-    x = model.model(part["input_ids"], probe, prefixes=prefixes_of(part, apart=per_token(probe)), hidden=hidden)          # (B, T, D)
+    x = model.model(part["input_ids"], probe, prefixes=prefixes_of(part, per_token(probe), hidden is not None), hidden=hidden)          # (B, T, D)
     predicts = part["labels"][:, 1:] != -100
     nll = head_nll(model, x[:, :-1][predicts], part["labels"][:, 1:][predicts])           # only where a label is
     rows, columns = labelled.nonzero(as_tuple=True)
     return parallel.gathered(nll, labelled), rows, columns + 1
 
 
-def prefixes_of(batch, apart=False):
-    """Of a batch's rows, up to their last labels."""
-    ids, labels = batch["input_ids"], batch["labels"]
+def prefixes_of(batch, apart=False, whole=False):
+    """Of a batch's rows, up to the tokens from which their last labels are predicted; whole: up to those labels."""
+    ids, labels = batch["input_ids"], batch["labels"][:, 0 if whole else 1:]
     ends = labels.ne(-100).flip(1).cumsum(1).ne(0).sum(1).tolist()
     return Prefixes.of([row[:end] for row, end in zip(ids.tolist(), ends)], ids.shape[1], ids.device, apart)
 

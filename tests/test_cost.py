@@ -49,7 +49,8 @@ def test_what_is_computed_once_changes_neither_loss_nor_gradients(per_token, mod
     found, expected = (torch.autograd.grad(loss(model, BATCH, V), [*W, *V.values()]) for loss in (useful_loss, by_logits))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert len(prefixes_of(BATCH, per_token).origin) == (6 + 4 + 6 + 5 + 8 if per_token else 6 + 1 + 0 + 5 + 6)
+    assert len(prefixes_of(BATCH, per_token).origin) == (5 + 3 + 5 + 4 + 7 if per_token else 5 + 0 + 0 + 4 + 5)
+    assert len(prefixes_of(BATCH, per_token, whole=True).origin) == (6 + 4 + 6 + 5 + 8 if per_token else 6 + 1 + 0 + 5 + 6)
 
 
 def test_hidden_states_are_those_of_every_row(model):
@@ -69,8 +70,8 @@ def head_flops(config, rows):
     return 2 * sum(label != -100 for row in rows for label in row["labels"]) * config.hidden_size * config.vocab_size
 
 
-@pytest.mark.parametrize("rows, tokens", [(ROWS[:1], 6), ([ROWS[0], ROWS[0]], 6), ([ROWS[0], ROWS[1]], 7), (ROWS, 18)])
-def test_what_rows_have_in_common_and_padding_cost_nothing_but_attention_and_logits(rows, tokens, model):
+@pytest.mark.parametrize("rows, tokens", [(ROWS[:1], 5), ([ROWS[0], ROWS[0]], 5), ([ROWS[0], ROWS[3]], 9), (ROWS, 14)])
+def test_what_rows_have_in_common_what_follows_the_last_prediction_and_padding_cost_nothing_but_attention_and_logits(rows, tokens, model):
     """(Of those the counter sees the logits alone: fused attention on a CPU is not counted.)"""
     with torch.no_grad():
         found = counted(lambda: useful_loss(model, collate(rows)))
@@ -116,7 +117,7 @@ def test_the_model_calls_the_tangents_by_hand(model, monkeypatch):
 
 def test_a_slope_costs_two_forward_passes_and_what_lora_and_attention_take(model):
     """Through a linear layer that is frozen what moves goes once. (PyTorch's own forward mode multiplies by its tangent, of zeros, too.)"""
-    W, pairs, r, tokens = add_lora(model, r=1), collate_pairs([(ROWS[1], ROWS[2])]), 1, 18
+    W, pairs, r, tokens = add_lora(model, r=1), collate_pairs([(ROWS[1], ROWS[2])]), 1, 14
     direction, config = unit(torch.autograd.grad(safety_loss(model, pairs), W)), model.config
     (B, T), D = BATCH["input_ids"].shape, config.hidden_size
     inputs = 2 * tokens * 2 * D * D                                     # q, k and v of the first layer, into which nothing goes that moves
@@ -127,7 +128,7 @@ def test_a_slope_costs_two_forward_passes_and_what_lora_and_attention_take(model
 
 def test_the_probe_costs_a_slope_and_its_way_back_to_the_lowest_probed_layer(model):
     """Both ways, that of x and that of ẋ; and none through a weight."""
-    W, r, tokens, (B, T), config, D = add_lora(model, r=1), 1, 18, BATCH["input_ids"].shape, model.config, model.config.hidden_size
+    W, r, tokens, (B, T), config, D = add_lora(model, r=1), 1, 14, BATCH["input_ids"].shape, model.config, model.config.hidden_size
     direction = [torch.ones_like(w) for w in W]
     slope, *probes = (counted(f) for f in (lambda: row_slopes(model, W, direction, BATCH), lambda: probe_gradient(model, W, direction, BATCH, [2]),
                                            lambda: probe_gradient(model, W, direction, BATCH, [1, 2])))
