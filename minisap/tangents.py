@@ -30,18 +30,15 @@ def frozen_linear(x, weight, bias=None):
 
 def causal_attention(q, k, v):
     """q (B, H, T, Dh), k and v (B, K, T, Dh) -> y (B, H, T, Dh) = P v, P = softmax of S = q kᵀ / √Dh, causal.
-    ẏ = Ṗ v + P v̇, Ṗ = P ∘ (Ṡ − (P ∘ Ṡ) 1).  P in float32 or wider."""
-    (q, dq), (k, dk), (v, dv) = map(parts, (q, k, v))
-    k, v, dk, dv = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v, dk, dv))
+    ẏ = Ṗ v + P v̇, Ṗ = P ∘ (Ṡ − (P ∘ Ṡ) 1).  In between in float32 or wider."""
+    (q, dq), (k, dk), (v, dv), dtype = *map(parts, (q, k, v)), q.dtype
+    k, dk, v, dv = (widen(x).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, dk, v, dv))
+    q, dq = (widen(x) * x.shape[-1] ** -0.5 for x in (q, dq))
     future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    P = scores(q, k, q.shape[-1]).masked_fill(future, -torch.inf).softmax(-1)
-    dS = P * scores(torch.cat((dq, q), dim=-1), torch.cat((k, dk), dim=-1), q.shape[-1])
-    dP = dS - P * dS.sum(-1, keepdim=True)
-    return make_dual((P @ widen(v)).to(q.dtype), (dP @ widen(v) + P @ widen(dv)).to(q.dtype))
-
-
-def scores(q, k, size):
-    return (widen(q) * size ** -0.5) @ widen(k).transpose(-1, -2)
+    P = (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1)
+    P_dS = P * (dq @ k.mT + q @ dk.mT)
+    dP = torch.addcmul(P_dS, P, P_dS.sum(-1, keepdim=True), value=-1)
+    return make_dual((P @ v).to(dtype), (dP @ v + P @ dv).to(dtype))
 
 
 def token_nll(z, targets):

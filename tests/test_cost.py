@@ -122,7 +122,7 @@ def test_a_slope_costs_two_forward_passes_and_what_lora_and_attention_take(model
     (B, T), D = BATCH["input_ids"].shape, config.hidden_size
     inputs = 2 * tokens * 2 * D * D                                     # q, k and v of the first layer, into which nothing goes that moves
     lora = config.n_layers * 3 * 2 * tokens * r * (4 * D - D // 2)      # each of q's and v's two products: itself, and with either factor's tangent
-    heads = config.n_layers * 6 * 2 * B * T * T * D                     # q k, P v; (q̇, q) (k, k̇), twice as long; Ṗ v, P v̇
+    heads = config.n_layers * 6 * 2 * B * T * T * D                     # q k, P v; q̇ k, q k̇; Ṗ v, P v̇
     assert counted(lambda: row_slopes(model, W, direction, BATCH)) == 2 * (linear_flops(config, tokens) + head_flops(config, ROWS)) - inputs + lora + heads
 
 
