@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from minisap import parallel
+from minisap.checks import check_args
 from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, save_adapter, save_model,
                                 weights_crc32, write_json)
 from minisap.align import ALIGN
@@ -30,12 +31,12 @@ from minisap.evaluate import evaluate, print_records, read_measured, record, wit
 from minisap.lora import merge_lora
 from minisap.mechanism import Watch, print_watched
 from minisap.memory import check_memory
-from minisap.methods import FIRST, METHODS, PAIRLESS, check_read, filtered
+from minisap.methods import FIRST, METHODS, PAIRLESS, filtered
 from minisap.optimize import learning_rate_at, trainable, update
 from minisap.resume import check_out_dir, claim_out_dir, load_state, save_state
-from minisap.rivals import AFTER, BEFORE, STRENGTH, UNSPLIT, parse_strength
+from minisap.rivals import AFTER, STRENGTH
 from minisap.sap import NotFinite, check_finite, copies, put, sources
-from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_minimum, find_before, find_model, load_tokenizer,
+from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, find_before, find_model, load_tokenizer,
                             of_world, parse_layers, run, use_device)
 
 
@@ -96,38 +97,6 @@ def parse_args(argv=None):
     if of_world(parser.parse_known_args(argv)[0].model):
         parser.set_defaults(**WORLD)
     return parser.parse_args(argv)
-
-
-def aligns(args):
-    """Whether a method is among them that takes the task's answers for good ones, which poison would spoil."""
-    return bool(set(args.method) & {*ALIGN, *BEFORE, "pretrain"})
-
-
-def check_args(args):
-    """Settle what depends on other arguments, and check every number."""
-    args.poison = args.poison if args.poison is not None else 0.0 if args.task or aligns(args) else 0.1
-    if not 0 <= args.poison <= 1:
-        raise ValueError(f"--poison {args.poison}: a share from 0 to 1")
-    check_minimum(args, 1, "steps", "batch_size", "pairs_per_step", "pairs", "n_eval", "max_len", "save_every", "watch_every", "refresh")
-    check_minimum(args, 0, "radius", "gate", "epsilon", "safety_weight", "refusal_weight", "learning_rate", "clip", "lora_rank", "lora_alpha", "eval_every", "seed", "warmup")
-    if not args.lora_rank and args.dtype in ("bfloat16", "float16"):
-        raise ValueError(f"--lora_rank 0 with --dtype {args.dtype}: most steps would be lost in rounding; use --dtype float32")
-    if len(set(args.method)) < len(args.method):
-        raise ValueError(f"--method {' '.join(args.method)}: one of them stands twice")
-    strength = parse_strength(args.strength)
-    if not args.resume:                                                 # methods that are there already may read what these do not
-        check_read(args, parse_args(["--model", args.model]))
-    args.strength = strength
-    if "safelora" in args.method and not args.before:
-        raise ValueError("safelora projects onto what safety training wrote: give --before, the checkpoint before it")
-    whole = sorted(set(args.method) & set(UNSPLIT))
-    if whole and not parallel.alone():
-        raise ValueError(f"{whole[0]} looks at more than the losses of rows, and is not split over processes: run it without torchrun")
-    if args.lora_rank and not args.lora_alpha:
-        raise ValueError("--lora_alpha 0: LoRA would have no effect")
-    needy = [method for method in args.method if method not in PAIRLESS] + ["--poison"] * (args.poison > 0)
-    if args.task and not args.safety and needy:
-        raise ValueError(f"{needy[0]} needs safety rows beside --task: give --safety FILE")
 
 
 def choose_safe_answers(args, model, tokenizer, pairs):
@@ -235,7 +204,7 @@ def prepare(args):
     args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
     args.device = parallel.join(args.device)
     use_device(args)
-    check_args(args)
+    check_args(args, parse_args(["--model", args.model]))
     start = find_model("--model", args.model)
     args.out_dir = args.out_dir or Path("runs") / start.resolve().name
     if parallel.leads():

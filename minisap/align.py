@@ -11,7 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minisap.sap import copies, gradient, response_nll, token_nll, weights_at
+from minisap.likelihood import response_nll, token_nll
+from minisap.sap import copies, gradient, weights_at
 
 UNLEARN_GAMMA = 0.1                     # the paper's, at its larger learning rate
 DPO_BETA, DPO_GAMMA = 0.1, 0.01

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from minisap.data import collate, collate_pairs, encode_example, encode_pairs, encode_prompt, encode_rows
 from minisap.evaluate import MAX_NEW_TOKENS, generate_texts
 from minisap.judge import PHRASES, judge_of
-from minisap.sap import fit_probe, harmful_direction, response_nll, slopes_of
+from minisap.likelihood import response_nll
+from minisap.sap import fit_probe, harmful_direction, slopes_of
 from minisap.world import FILLERS, NULL
 
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world

@@ -7,7 +7,8 @@ from tqdm import tqdm
 from minisap.checkpoint import read_json
 from minisap.data import collate, encode_prompt, encode_rows
 from minisap.judge import JUDGES, describe, judge_of
-from minisap.sap import check_finite, response_nll
+from minisap.likelihood import response_nll
+from minisap.sap import check_finite
 from minisap.stats import bootstrap, wilson
 
 MAX_NEW_TOKENS = 32

@@ -106,11 +106,3 @@ FIRST = {"sap": choose_rows}                                                    
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
 METHODS = {"sft": sft, "sap": sap, "paper": paper, "paper_project": paper_project, "project": project, "random_probe": random_probe, "released": released,
            **RIVALS, **ALIGN, "pretrain": pretrain}
-
-
-def check_read(args, defaults):
-    """ValueError that names a flag, or a knob of --strength, which is given and which none of the methods reads."""
-    given = {f"--{flag}": methods for flag, methods in READ_BY.items() if getattr(args, flag) != getattr(defaults, flag)}
-    for flag, methods in (given | {f"--strength {knob}": [knob.split("=")[0]] for knob in args.strength}).items():
-        if not set(methods) & set(args.method):
-            raise ValueError(f"{flag}: --method {' '.join(args.method)} does not read it; {', '.join(methods)} would")

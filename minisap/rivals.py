@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from minisap.align import answer_loss, at_start
+from minisap.likelihood import prefixes_of, response_nll, token_nll
 from minisap.lora import lora_layers
 from minisap.mechanism import WRITTEN, leading_directions
 from minisap.model import widen
-from minisap.sap import (copies, gradient, harmful_direction, inner, median_norm, prefixes_of, project_out_harm, put, response_nll, safety_loss, token_nll,
-                         unit, useful_loss, weights_at)
+from minisap.sap import copies, gradient, harmful_direction, inner, median_norm, project_out_harm, put, safety_loss, unit, useful_loss, weights_at
 
 # The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).
 STRENGTH = {"mix": 1.0, "sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "steer_project": 0.002, "vaccine": 2.0, "booster": 5.0,

@@ -11,20 +11,14 @@ import math
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.autograd import forward_ad
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.forward_ad import make_dual
 from tqdm import tqdm
 
 from minisap import parallel
 from minisap.data import collate, collate_pairs
-from minisap.model import Prefixes, per_token, widen
-from minisap.tangents import Tangents
-
-
-HEAD_TOKENS = 1024
+from minisap.likelihood import response_nll
+from minisap.model import widen
+from minisap.tangents import derivative_along
 
 
 class NotFinite(ArithmeticError):
@@ -37,42 +31,6 @@ def check_finite(quantities):
         for number in value if isinstance(value, list) else [value]:
             if not math.isfinite(number):
                 raise NotFinite(f"{name} is {number}")
-
-
-def token_nll(model, batch, probe=None, hidden=None):
-    """(nll, rows, places), all (N,): the negative log-likelihood in nats of every labelled token, and where it stands. Tokens that rows have in common at their
-    beginning are computed once, and none from which no label follows; into `hidden` goes what every layer puts out, (B, T, D), of a row's last label, too."""
-    labelled = batch["labels"][:, 1:] != -100                                       # position t predicts token t + 1
-    part = {key: x[parallel.mine(len(labelled))] for key, x in batch.items()}
-    x = model.model(part["input_ids"], probe, prefixes=prefixes_of(part, per_token(probe), hidden is not None), hidden=hidden)          # (B, T, D)
-    predicts = part["labels"][:, 1:] != -100
-    nll = head_nll(model, x[:, :-1][predicts], part["labels"][:, 1:][predicts])           # only where a label is
-    rows, columns = labelled.nonzero(as_tuple=True)
-    return parallel.gathered(nll, labelled), rows, columns + 1
-
-
-def prefixes_of(batch, apart=False, whole=False):
-    """Of a batch's rows, up to the tokens from which their last labels are predicted; whole: up to those labels."""
-    ids, labels = batch["input_ids"], batch["labels"][:, 0 if whole else 1:]
-    ends = labels.ne(-100).flip(1).cumsum(1).ne(0).sum(1).tolist()
-    return Prefixes.of([row[:end] for row, end in zip(ids.tolist(), ends)], ids.shape[1], ids.device, apart)
-
-
-def head_nll(model, x, targets):
-    """Nats of every target (N,), predicted from the hidden states x (N, D). Where no gradient follows, and with --checkpointing, the logits of HEAD_TOKENS tokens
-    at a time are all that there is of them, in the backward pass, too."""
-    nats = lambda x, targets: F.cross_entropy(widen(model.lm_head(x)), targets, reduction="none")                 # by logits (N, V)
-    if torch.is_grad_enabled() and not model.model.checkpointing:
-        return nats(x, targets)
-    nats_of = (lambda *part: checkpoint(nats, *part, use_reentrant=False)) if torch.is_grad_enabled() else nats
-    return torch.cat([nats_of(*part) for part in zip(x.split(HEAD_TOKENS), targets.split(HEAD_TOKENS))])
-
-
-def response_nll(model, batch, probe=None, hidden=None):
-    """(nats, tokens), both (B,): each row's negative log-likelihood of its labelled tokens, and how many they are."""
-    nll, rows, _ = token_nll(model, batch, probe, hidden)
-    nats = torch.zeros(len(batch["labels"]), dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
-    return nats, (batch["labels"][:, 1:] != -100).sum(1)
 
 
 def useful_loss(model, batch, probe=None, hidden=None):
@@ -142,36 +100,12 @@ def zero_probe(model, layers):
     return {j: zero.clone().requires_grad_() for j in layers}
 
 
-class Called(nn.Module):
-    """A model of which functional_call can call any function."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, f):
-        return f(self.model)
-
-
-def derivative_along(model, W, direction, f):
-    """d f(model) / dt as W moves by t · direction, at t = 0, by forward-mode differentiation (tangents.py); it can itself be differentiated by all but W.
-    (Checkpointing would compute layers anew when nothing moves any more, and rests.)"""
-    names, checkpointing = {id(w): name for name, w in Called(model).named_parameters()}, model.model.checkpointing
-    model.model.checkpointing = False
-    try:
-        with forward_ad.dual_level(), Tangents():
-            moving = {names[id(w)]: forward_ad.make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)}
-            return forward_ad.unpack_dual(functional_call(Called(model), moving, (f,))).tangent
-    finally:
-        model.model.checkpointing = checkpointing
-
-
 def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
     """(∇_V L_su, ∇_V L_useful) at V = 0 of a probe on states, each {layer: (D,)}. The first is line 4 as ε → 0, exactly:
     ∇_V ⟨∇_W L_useful(W, V), ĝ⟩, the gradient of a derivative along ĝ. No ε, and no subtraction of nearly equal numbers, so that it survives bfloat16.
     If V moved, too, by t · V̇, that derivative would be ⟨∇_V L_useful, V̇⟩ more: the second is its gradient by V̇, at V̇ = 0."""
     V, V_dot = zero_probe(model, layers), zero_probe(model, layers)
-    L_useful = lambda model: useful_loss(model, batch, {j: forward_ad.make_dual(V[j], V_dot[j]) for j in layers}, hidden)
+    L_useful = lambda model: useful_loss(model, batch, {j: make_dual(V[j], V_dot[j]) for j in layers}, hidden)
     d = gradient(derivative_along(model, W, g_hat, L_useful), [*V.values(), *V_dot.values()])
     return dict(zip(V, d)), dict(zip(V, d[len(V):]))
 

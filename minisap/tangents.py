@@ -5,8 +5,10 @@ Within `Tangents` they stand in for the functions of torch.nn.functional. Each r
 autograd knows: the probe on hidden states is the gradient of a tangent.
 """
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.forward_ad import make_dual, unpack_dual
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from minisap.model import widen
@@ -59,3 +61,27 @@ class Tangents(TorchFunctionMode):
         if func is F.cross_entropy and kwargs.get("reduction") == "none" and is_moving(args[0]):
             return token_nll(*args)
         return func(*args, **kwargs)
+
+
+class Called(nn.Module):
+    """A model of which functional_call can call any function."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, f):
+        return f(self.model)
+
+
+def derivative_along(model, W, direction, f):
+    """d f(model) / dt as W moves by t · direction, at t = 0, by forward-mode differentiation; it can itself be differentiated by all but W.
+    (Checkpointing would compute layers anew when nothing moves any more, and rests.)"""
+    names, checkpointing = {id(w): name for name, w in Called(model).named_parameters()}, model.model.checkpointing
+    model.model.checkpointing = False
+    try:
+        with dual_level(), Tangents():
+            moving = {names[id(w)]: make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)}
+            return unpack_dual(functional_call(Called(model), moving, (f,))).tangent
+    finally:
+        model.model.checkpointing = checkpointing

@@ -1,10 +1,10 @@
-"""Time and memory of our steps beside those of transformers and peft: the same weights, rows and threads, in one run, in turn.
+"""Time and memory of our steps beside those of transformers and peft: the same weights, rows and threads, in one run, in turn,
+each a process of its own.
 
     pip install transformers peft && python tests/benchmark.py --json benchmark.json     smollm2-135m-q4, about a quarter of an hour on two cores
     python tests/benchmark.py --model X --dtype bfloat16 --device cuda --ours            ours alone, of any checkpoint
 
-Rows are the built-in ones, three to a conversation. Seconds are medians over --repetitions of which the first is left out, each of two steps of which the second counts; a peak of memory is
-that of a process of its own. "of the peak": the FLOPs that `flops` counts, as a share of what this machine does in one large matrix product.
+Rows are the built-in ones, three to a conversation. Seconds are medians over --repetitions, after one more, each of two steps of which the second counts. "of the peak": the FLOPs that `flops` counts, as a share of what this machine does in one large matrix product.
 """
 import argparse
 import json
@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from minisap import demo  # noqa: E402
 from minisap.checkpoint import DTYPES, load_config, load_model  # noqa: E402
 from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows  # noqa: E402
 from minisap.evaluate import print_table  # noqa: E402
+from minisap.likelihood import prefixes_of  # noqa: E402
 from minisap.lora import add_lora  # noqa: E402
 from minisap.memory import estimate, largest_batches  # noqa: E402
 from minisap.methods import METHODS, ROWS_PER_ROW  # noqa: E402
 from minisap.optimize import update  # noqa: E402
-from minisap.sap import harmful_direction, prefixes_of, slopes_of  # noqa: E402
+from minisap.sap import harmful_direction, slopes_of  # noqa: E402
 from minisap.script import find_model, parse_layers  # noqa: E402
 from minisap.tokenizer import Tokenizer  # noqa: E402
 from train import parse_args  # noqa: E402
@@ -178,30 +180,28 @@ def matmul_peak(args, n=4096):
 
 
 def measured(args, names):
-    """{name: median seconds}, the subjects in turn; each steps twice, and the second counts: in training a step follows one of its own kind, and finds its memory there."""
-    steps = {name: (SUBJECTS | THEIRS)[name](args) for name in names}
-    seconds = {name: [] for name in names}
-    for i in range(1 + args.repetitions):
-        for name, step in steps.items():
-            few = name.endswith(("generate", "load")) and i > 3
-            if not few:
-                step(ROWS_PER_ROW * 2 * i)
-                began = synchronised(args)
-                step(ROWS_PER_ROW * (2 * i + 1))
-                seconds[name].append(synchronised(args) - began)
-    return {name: statistics.median(of_name[1:]) for name, of_name in seconds.items()}
+    """({name: median seconds}, {name: bytes at the peak}), the subjects in turn, on a GPU one after the other, as it need not hold all of them."""
+    seconds, peaks = {name: [] for name in names}, {}
+    for group in [names] if args.device == "cpu" else [[name] for name in names]:
+        workers = {name: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--subject", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in group}
+        for i in range(1 + args.repetitions):
+            for name, worker in workers.items():
+                if i <= 3 or not name.endswith(("generate", "load")):
+                    print(i, file=worker.stdin, flush=True)
+                    seconds[name].append(float(worker.stdout.readline()))
+        for name, worker in workers.items():
+            peaks[name] = int(worker.communicate()[0])
+    return {name: statistics.median(of_name[1:]) for name, of_name in seconds.items()}, peaks
 
 
-def peak_of(args, name):
-    """Bytes at the peak of three steps in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak", name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def report_peak(args):
-    step = (SUBJECTS | THEIRS)[args.peak](args)
-    for i in range(3):
-        step(ROWS_PER_ROW * i)
+def serve(args):
+    """A subject in this process: for every number that comes in, two steps, and the second's seconds go out; at the end, the peak of its memory."""
+    step = (SUBJECTS | THEIRS)[args.subject](args)
+    for i in map(int, sys.stdin):
+        step(ROWS_PER_ROW * 2 * i)
+        began = synchronised(args)
+        step(ROWS_PER_ROW * (2 * i + 1))
+        print(synchronised(args) - began, flush=True)
     if args.device.startswith("cuda"):
         print(torch.cuda.max_memory_allocated())
     else:                                                                    # (getrusage's would begin at the peak of the process that started this one)
@@ -222,20 +222,19 @@ def main():
     add("--max_len", type=int, default=128)
     add("--repetitions", type=int, default=6)
     add("--json", type=Path, metavar="FILE")
-    add("--peak", choices=[*SUBJECTS, *THEIRS], help=argparse.SUPPRESS)
+    add("--subject", choices=[*SUBJECTS, *THEIRS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.model = find_model("--model", args.model)
     torch.set_num_threads(args.threads)
-    if args.peak:
-        return report_peak(args)
+    if args.subject:
+        return serve(args)
     names = [*SUBJECTS] + [*THEIRS] * (not args.ours)
     config = load_config(args.model)
     estimated = {name: estimate(options(args), method, config, largest_batches(options(args), config, *encoded(args))) for name, method in ESTIMATED.items()}
-    seconds, peak = measured(args, names), matmul_peak(args)
-    report(args, seconds, peak, {name: peak_of(args, name) for name in names if name != "load"}, estimated)
+    report(args, matmul_peak(args), *measured(args, names), estimated)
 
 
-def report(args, seconds, peak, peaks, estimated):
+def report(args, peak, seconds, peaks, estimated):
     """Print the table, and write the JSON."""
     config, (_, batch, contrast) = load_config(args.model), batches(args)
     task, both = batch(0), contrast(0)["both"]
@@ -245,14 +244,18 @@ def report(args, seconds, peak, peaks, estimated):
     peaks |= {name: max(peaks["sap"], peaks["sap_filter"]) for name in seconds if name.startswith("sap,")}
     counted = {"sft": flops(config, task, 2), "hf_sft": flops(config, task, 2, distinct=False), "sap": flops(config, task, 2) + flops(config, both, 2)}
     counted["sap, 1 epoch"] = counted["sap"] + flops(config, task, 2)            # forward mode: what is computed, and how it moves
+    above = replace(config, n_layers=config.n_layers - 1 - parse_layers(None, config.n_layers)[0])
+    counted["paper_project"] = counted["sap, 1 epoch"] + flops(above, task, 2)       # likewise, and the way back to the lowest probed layer, of both
     print(f"{args.model.name}, {args.dtype}, {args.device}, {args.threads} threads; a step's {task['input_ids'].numel()} task tokens and {both['input_ids'].numel()} contrastive ones, "
-          f"padding included, of which {distinct[0]} and {distinct[1]} are computed (what rows begin with in common once, padding not); matrix products at {peak / 1e9:.0f} GFLOP/s; by FLOPs alone sap would take {counted['sap, 1 epoch'] / counted['sft']:.2f} × sft in one epoch")
+          f"padding included, of which {distinct[0]} and {distinct[1]} are computed (what rows begin with in common once, padding not); matrix products at {peak / 1e9:.0f} GFLOP/s; by FLOPs alone sap would take "
+          f"{counted['sap, 1 epoch'] / counted['sft']:.2f} × sft in one epoch, paper_project {counted['paper_project'] / counted['sft']:.2f}")
     print_table([["", "seconds", "× sft", "of the peak", "peak memory, GiB", "estimated"],
                  *([name, f"{s:.3f}", f"{s / seconds['sft']:.2f}", f"{100 * counted[name] / s / peak:.0f} %" if name in counted else "",
                     *(f"{found[name] / 2**30:.2f}" if name in found else "" for found in (peaks, estimated))] for name, s in seconds.items())])
     one, three = seconds["sap, 1 epoch"], seconds["sap, 3 epochs"]
     found = {"sft_step_s": seconds["sft"], "sap_step_s": one, "sap_filter_s": filtering, "sap_over_sft": one / seconds["sft"], "sap_over_sft_3_epochs": three / seconds["sft"],
-             "sap_flops_over_sft": counted["sap, 1 epoch"] / counted["sft"], "paper_step_s": seconds["paper_project"], "load_s": seconds["load"]}
+             "sap_flops_over_sft": counted["sap, 1 epoch"] / counted["sft"], "paper_step_s": seconds["paper_project"],
+             "paper_flops_over_sft": counted["paper_project"] / counted["sft"], "load_s": seconds["load"]}
     if not args.ours:
         found |= {"hf_sft_step_s": seconds["hf_sft"], "hf_released_step_s": seconds["hf_released"], "sft_speedup": seconds["hf_sft"] / seconds["sft"],
                   "sap_speedup": seconds["hf_released"] / one, "generate_speedup": seconds["hf_generate"] / seconds["generate"]}

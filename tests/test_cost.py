@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmark import flops
 from minisap import tangents
 from minisap.data import collate, collate_pairs
+from minisap.likelihood import prefixes_of, token_nll
 from minisap.lora import add_lora
-from minisap.sap import prefixes_of, probe_gradient, row_slopes, safety_loss, token_nll, unit, useful_loss
+from minisap.sap import probe_gradient, row_slopes, safety_loss, unit, useful_loss
 from minisap.tangents import Tangents
 from tiny import BASE, tiny_model
 

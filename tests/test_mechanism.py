@@ -15,8 +15,9 @@ from minisap.attacks import check_room, complete, judge_prefilled, plain, prefil
 from minisap.checkpoint import load_model
 from minisap.data import collate, collate_pairs, encode_example, encode_pairs, encode_prompt, encode_rows
 from minisap.evaluate import generate_texts
+from minisap.likelihood import response_nll
 from minisap.mechanism import Watch, clusters, column_space, interpolate, leading_directions, lipschitz, mlp_matrix, mlp_streams, print_watched, row_space, sigma1_share
-from minisap.sap import harmful_direction, inner, put, response_nll, useful_loss
+from minisap.sap import harmful_direction, inner, put, useful_loss
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_checkpoint, write_tokenizer

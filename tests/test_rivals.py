@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from minisap.data import collate
+from minisap.likelihood import response_nll, token_nll
 from minisap.lora import lora_layers
 from minisap.methods import METHODS
 from minisap.mechanism import leading_directions
 from minisap.rivals import AFTER, BEFORE, RIVALS, STRENGTH
-from minisap.sap import put, response_nll, safety_loss, token_nll, unit, useful_loss
+from minisap.sap import put, safety_loss, unit, useful_loss
 from test_sap import ARGS, LAYERS, example, gradient, moved, world  # noqa: F401 (a fixture)
 from tiny import BASE, tiny_model
 

@@ -5,15 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minisap import sap
+from minisap import likelihood, sap
 from minisap.align import ALIGN
 from minisap.checkpoint import load_model
 from minisap.data import batch_rows, collate, collate_pairs, encode_pairs, encode_rows
+from minisap.likelihood import response_nll
 from minisap.lora import add_lora
 from minisap.methods import FIRST, METHODS, released
 from minisap.rivals import STRENGTH
-from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, paper_step, probe_gradient, probe_gradient_by_difference,
-                         project_out_harm, response_nll, safety_loss, sap_step, unit, useful_loss)
+from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, paper_step, probe_gradient, probe_gradient_by_difference, project_out_harm,
+                         safety_loss, sap_step, unit, useful_loss)
 from minisap.tokenizer import Tokenizer
 from tiny import BASE, tiny_model
 
@@ -462,7 +463,7 @@ def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(world, monkeyp
     derivatives = lambda: [*gradient(model, W, batch), *probe_gradient(model, W, g_hat_of(world), batch, LAYERS)[0].values()]
     plain = derivatives()
     model.model.checkpointing = True
-    monkeypatch.setattr(sap, "HEAD_TOKENS", 2)
+    monkeypatch.setattr(likelihood, "HEAD_TOKENS", 2)
     for a, b in zip(derivatives(), plain, strict=True):
         torch.testing.assert_close(a, b)
     largest = []

@@ -197,7 +197,7 @@ def test_an_update_clips_the_gradient_s_norm(clip, factor):
 def test_alignment_is_not_poisoned_unless_asked():
     def poison(*argv):
         args = train_script.parse_args(["--model", "x", *argv])
-        train_script.check_args(args)
+        train_script.check_args(args, train_script.parse_args(["--model", args.model]))
         return args.poison
 
     assert [poison("--method", m) for m in ("sap", "ssft", "dpo", "unlearn", "pretrain")] == [0.1, 0, 0, 0, 0]

@@ -169,7 +169,7 @@ def test_every_cell_is_a_command_that_train_py_understands():
             parse = {"train.py": train_script.parse_args, "eval.py": eval_script.parse_args}[script]
             args = parse(arguments)
             if script == "train.py":
-                train_script.check_args(args)
+                train_script.check_args(args, train_script.parse_args(["--model", args.model]))
             assert run_directory in command and (script == "eval.py" or (args.seed, args.n_eval) == (0, 200))
 
 
