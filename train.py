@@ -73,15 +73,16 @@ def parse_args(argv=None):
     add("--lora_alpha", type=float, default=16, help="LoRA's branch is scaled by alpha / rank (default: 16)")
     add = parser.group("machine")
     add_machine_flags(add)
-    add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, of the head no logits, and compute the rest anew there: the same numbers, to rounding, "
-                                                     "with less memory, in more time")
+    add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, of the head no logits, and compute the rest anew there: the same numbers, "
+                                                     "with less memory, in more time; the pass that fits the paper's probe keeps all")
     add = parser.group("SAP (sap)")
     add("--gate", type=float, default=0.5, help="sap leaves out of a batch the rows whose loss falls along ĝ faster than this share of how fast "
                                                 "the safety loss rises; 0: none (default: 0.5)")
     add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
     add("--refusal_weight", type=float, default=0.0, help="μ: and μ times that of the pairs' refusals' cross-entropy; against identity shifting, see README (default: 0)")
-    add("--refresh", type=int, default=1, help="take ĝ (and sap's λ ∇L_safe, and the paper's probe) anew every so many steps; more is cheaper (default: 1)")
+    add("--refresh", type=int, default=1, help="sap, paper, paper_project: take ĝ anew, and what is made of it (λ ∇L_safe; the paper's probe), every so many steps alone, which is cheaper "
+                                               "(default: 1)")
     add = parser.group("the paper's SAP (paper, paper_project), and other probes")
     add("--layers", help="layers that carry a probe, as 10-19 or 3,9 (default: the middle third)")
     add("--epsilon", type=float, default=0.0, help="fit the probe by finite difference over ε‖W‖ (default: 0, the exact derivative)")
@@ -211,8 +212,6 @@ def prepare(args):
         check_out_dir(args)                                             # before any work
     config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
-    if args.before and not (args.watch or "safelora" in args.method):
-        raise ValueError("--before: is what --watch mechanism and safelora compare with; give one of them")
     if args.before:
         args.before = find_before(args.before, start)
     rows_of = built_in(tokenizer, args.new_format, args.task)

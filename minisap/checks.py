@@ -1,4 +1,4 @@
-"""What train.py's arguments must be, which is checked before anything is read or written."""
+"""What train.py's arguments must be, as far as they tell by themselves: checked before any rows or weights are read."""
 from minisap import parallel
 from minisap.align import ALIGN
 from minisap.methods import PAIRLESS, READ_BY
@@ -28,6 +28,8 @@ def check_args(args, defaults):
     args.strength = strength
     if "safelora" in args.method and not args.before:
         raise ValueError("safelora projects onto what safety training wrote: give --before, the checkpoint before it")
+    if args.before and not (args.watch or "safelora" in args.method):
+        raise ValueError("--before: is what --watch mechanism and safelora compare with; give one of them")
     whole = sorted(set(args.method) & set(UNSPLIT))
     if whole and not parallel.alone():
         raise ValueError(f"{whole[0]} looks at more than the losses of rows, and is not split over processes: run it without torchrun")

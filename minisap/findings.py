@@ -52,9 +52,10 @@ def filter_of(folder, seeds):
 
 
 def sensitivity_of(folder, seeds):
-    """[{setting, metric, mean over seeds}] after the last step; first of the methods of "poisoned" as they stand there."""
-    settings, here = laboratory.SENSITIVITY, laboratory.SETTINGS["poisoned"][1].split()
-    places = {method: "poisoned" for method in dict.fromkeys(setting.split()[0] for setting in settings) if method in here}
+    """[{setting, metric, mean over seeds}] after the last step; first of what "poisoned" has, too, as it stands there."""
+    settings, (_, here, variants, _) = laboratory.SENSITIVITY, laboratory.SETTINGS["poisoned"]
+    places = {method: "poisoned" for method in dict.fromkeys(setting.split()[0] for setting in settings) if method in here.split()}
+    places |= {variant: f"poisoned-variant{i}" for i, variant in enumerate(variants) if any(setting.startswith(f"{variant} ") for setting in settings)}
     found = []
     for setting, place in (places | {setting: f"setting{i}" for i, setting in enumerate(settings)}).items():
         runs = [records_of(folder, f"{place}/seed{seed}")[setting.split()[0]] for seed in seeds]

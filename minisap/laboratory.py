@@ -57,9 +57,9 @@ ALL_LINEAR = "--lora_rank 8 --lora_targets q_proj k_proj v_proj o_proj gate_proj
 SENSITIVITY = (*(f"sap {flag}" for flag in (
                    "--gate 0.02", "--gate 0.1", "--gate 0.2", "--safety_weight 0.02", "--safety_weight 0.1", "--pairs 8", "--pairs 16", "--pairs 200", "--pairs 500",
                    "--pairs_per_step 4", "--refresh 4", "--refresh 16", "--learning_rate 0.0001", "--learning_rate 0.001", ALL_LINEAR)), f"sft {ALL_LINEAR}",
-               *(f"paper --radius {flags}" for flags in ("0.02", "0.2", "0.09", "0.09 --refresh 4", "0.09 --layers 0", "0.09 --layers 1")),
-               *(f"paper_project --radius {flags}" for flags in ("0.04", "0.04 --refresh 4")),
-               *(f"{knob.split('=')[0]} --strength {knob}" for knob in ("penalty=0.1", "penalty=0.2", "kl=400", "kl=1000", "mix=1", "mix=30")))
+               *(f"paper --radius {flags}" for flags in ("0.02", "0.2", "0.09 --layers 0", "0.09 --layers 1")),
+               *(f"{knob.split('=')[0]} --strength {knob}" for knob in ("penalty=0.1", "penalty=0.2", "kl=400", "kl=1000", "mix=1", "mix=30")),
+               *(f"{probe} --refresh 4" for probe in PROBES[:2]))
 DEFENCES = {"none": "tiny", **{method: f"poisoned/SEED/{method}" for method in ("sap", "mix", "kl")},
             **{stage: f"first-{stage}/SEED/{knob.split('=')[0]}" for stage, knob in STAGES.items()}}
 BUDGETS = (("attack10", 3e-4), ("attack100", 1e-4), ("attack100", 3e-4), ("capitals100", 3e-4))          # (the attacker's rows, learning rate)

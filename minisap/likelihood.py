@@ -1,4 +1,5 @@
-"""How likely a model finds what it is to say: the negative log-likelihood of every labelled token, and of every row. Nothing is computed twice, and nothing that no label needs."""
+"""How likely a model finds what it is to say: the negative log-likelihood of every labelled token, and of every row. Of every layer but attention nothing is computed
+twice, and nothing that no label needs."""
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint

@@ -18,8 +18,8 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device, dtype=dtype))
 
     def forward(self, x):
-        low_rank = x.to(self.lora_A.dtype) @ self.lora_A.T * self.scale @ self.lora_B.T
-        return super().forward(x) + low_rank.to(x.dtype)
+        low_rank = self.scale * (x.to(self.lora_A.dtype) @ self.lora_A.T)           # scaled here, where it is small
+        return super().forward(x) + (low_rank @ self.lora_B.T).to(x.dtype)
 
 
 def lora_layers(model):

@@ -163,7 +163,7 @@ def check_memory(args, methods, config, n_weights, task, pairs):
     most = -parallel.least(-most, args.device)                          # so that all processes come to the same end
     told = f"{method} takes about {most / GIB:.2f} GiB at its peak (the weights: {n_weights * DTYPES[args.dtype].itemsize / GIB:.2f}; free on {args.device}: {free / GIB:.2f})"
     if most > TOLERANCE * free:
-        less = {"a smaller --batch_size, --pairs_per_step or --max_len": True, "--checkpointing": not args.checkpointing, "LoRA in place of --lora_rank 0": not args.lora_rank,
+        less = {"a smaller --batch_size, --pairs_per_step or --max_len": True, "--checkpointing": not args.checkpointing and not method.startswith("paper"), "LoRA in place of --lora_rank 0": not args.lora_rank,
                 "--dtype bfloat16": args.lora_rank and DTYPES[args.dtype].itemsize > 2}
         raise ValueError(f"{told}; less is needed with {', or '.join(advice for advice, helps in less.items() if helps)}")
     print(told)

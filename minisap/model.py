@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = widen(x)
-        mean_square = torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1]
+        mean_square = (wide * wide).sum(-1, keepdim=True) / x.shape[-1]
         return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
 
 
@@ -74,7 +74,7 @@ def distinct_prefixes(rows, apart=False):
 
 
 class Prefixes(NamedTuple):
-    """By which N tokens stand for the B · T of a batch: what rows have in common at their beginning once, and no padding."""
+    """By which N tokens stand for the B · T of a batch: what rows have in common at their beginning once, and no padding. (F.embedding has a faster derivative than an index.)"""
     number: torch.Tensor                # (B, T): which of the N stands for each; any of them, for padding
     origin: torch.Tensor                # (N,): which of the B · T each is taken from
 
@@ -89,16 +89,11 @@ class Prefixes(NamedTuple):
 
     def fold(self, x):
         """(B, T, ·) -> (1, N, ·)."""
-        return take(x.flatten(0, 1), self.origin)[None]
+        return F.embedding(self.origin, x.flatten(0, 1))[None]
 
     def unfold(self, x):
         """(1, N, ·) -> (B, T, ·); what comes out for padding means nothing."""
-        return take(x[0], self.number)
-
-
-def take(x, places):
-    """x[places]. (Of which F.embedding has the faster derivative, but none of second order for no places.)"""
-    return F.embedding(places, x) if places.numel() else x[places]
+        return F.embedding(self.number, x[0])
 
 
 class KVCache:
@@ -119,7 +114,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, Dh, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, Dh
+        self.head_dim = Dh
         self.q_proj = nn.Linear(D, config.n_heads * Dh, bias=bias)
         self.k_proj = nn.Linear(D, config.n_kv_heads * Dh, bias=bias)
         self.v_proj = nn.Linear(D, config.n_kv_heads * Dh, bias=bias)
@@ -128,11 +123,12 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache, prefixes=None):
         """x (B, T, D) -> (B, T, D).  rope: (cos, sin) of every token, see rotate.  mask (B, 1, T, S) or None for causal.
         cache: this layer's KVCache while generating, else None.  prefixes: x is (1, N, D), as is what is returned; each row attends by itself."""
-        by_head = lambda x: x.unflatten(2, (-1, self.head_dim))                    # (B, T, heads, Dh)
-        q, k, v = rotate(by_head(self.q_proj(x)), *rope).flatten(2), rotate(by_head(self.k_proj(x)), *rope).flatten(2), self.v_proj(x)
-        if prefixes is not None:
+        by_head = lambda one: one.unflatten(2, (-1, self.head_dim))                # (B, T, heads, Dh)
+        q, k = (rotate(by_head(project(x)), *rope).flatten(2) for project in (self.q_proj, self.k_proj))
+        v = self.v_proj(x)
+        if prefixes is not None:                                                   # they are of N tokens so far
             q, k, v = map(prefixes.unfold, (q, k, v))
-        q, k, v = (by_head(x).transpose(1, 2) for x in (q, k, v))                  # (B, H, T, Dh), and (B, K, T, Dh) twice
+        q, k, v = (by_head(one).transpose(1, 2) for one in (q, k, v))              # (B, H, T, Dh), and (B, K, T, Dh) twice
         if cache is not None:
             k, v = cache.append(k, v)                                              # (B, K, S, Dh)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -190,7 +186,7 @@ class Decoder(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if prefixes is not None:
             input_ids, positions = (x.expand(input_ids.shape).flatten()[prefixes.origin][None] for x in (input_ids, positions))         # (1, N)
-        x = take(self.embed_tokens.weight, input_ids)                                              # (B, T, D), or (1, N, D)
+        x = self.embed_tokens(input_ids)                                                           # (B, T, D), or (1, N, D)
         rope = rope_of(self.config, positions, x.dtype)
         if -1 in probe:
             x = x + probe[-1].to(x.dtype)

@@ -113,13 +113,13 @@ def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
 def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
     """The same, with line 4 as it is written: ∇_V L_useful(W + ΔW_harmful, 0) − ∇_V L_useful(W, 0), ΔW_harmful = ε ‖W‖ ĝ."""
     V = zero_probe(model, layers)
-    gradient_V = lambda hidden=None: gradient(useful_loss(model, batch, V, hidden), list(V.values()))
-    here = gradient_V(hidden)
+    gradient_V = lambda hidden: gradient(useful_loss(model, batch, V, hidden), list(V.values()))
+    here = gradient_V([] if hidden is None else hidden)
     with torch.no_grad():
         scale = epsilon * inner(W, W).sqrt()
         moved = [(w + scale * g).to(w.dtype) for w, g in zip(W, g_hat)]
     with weights_at(W, moved):
-        there = gradient_V()
+        there = gradient_V([])                                          # of the same tokens in the same order, so that rounding cancels
     return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
@@ -209,8 +209,10 @@ def project_out_harm(grads, g_hat):
 def paper_step(model, W, batch, contrast, state, layers, radius, epsilon=0.0, projection=False, refresh=1):
     """(gradient, log) of one step of Algorithm 1 with the paper's probe, for an optimizer to follow (line 7), and, if so, the projection
     after it. contrast: see collate_pairs. state and refresh: as in sap_step, of ĝ and V_safe. At radius 0 and without projection SFT, bit for bit."""
-    log, (g_hat, V_safe) = {}, state.get("probe", (None, None))
-    if state["step"] % refresh == 0:
+    log = {}
+    if state["step"] % refresh and "probe" in state:
+        g_hat, V_safe = state["probe"]
+    else:
         g_hat = harmful_direction(model, W, contrast)                                       # line 2
         V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)            # lines 3, 4, 5
         state |= {"probe": (g_hat, V_safe)} if refresh > 1 else {}
@@ -225,8 +227,10 @@ def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.
     the safety loss's own gradient, and that of the refusals' cross-entropy; without all of these SFT, bit for bit.
     state: {"step": the number of this one} and what is kept between steps.  refresh: ∇_W L_safe, and so ĝ, is that of the last step
     whose number is a multiple of it."""
-    log, g_safe = {}, state.get("g_safe")
-    if state["step"] % refresh == 0:
+    log = {}
+    if state["step"] % refresh and "g_safe" in state:
+        g_safe = state["g_safe"]
+    else:
         L_safe = safety_loss(model, contrast)
         g_safe, log["safety_loss"] = gradient(L_safe, W), L_safe.item()
         state |= {"g_safe": g_safe} if refresh > 1 else {}

@@ -43,7 +43,7 @@ def causal_attention(q, k, v):
     return make_dual((P @ v).to(dtype), (dP @ v + P @ dv).to(dtype))
 
 
-def token_nll(z, targets):
+def cross_entropy(z, targets):
     """z (N, V), targets (N,) -> (N,) log Σ exp z − z[target];  its tangent: softmax(z) · ż − ż[target]."""
     z, dz = unpack_dual(z)
     return make_dual(F.cross_entropy(z, targets, reduction="none"), (z.softmax(-1) * dz).sum(-1) - dz.gather(1, targets[:, None])[:, 0])
@@ -59,12 +59,12 @@ class Tangents(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and kwargs.get("is_causal") and any(map(is_moving, args)):
             return causal_attention(*args)
         if func is F.cross_entropy and kwargs.get("reduction") == "none" and is_moving(args[0]):
-            return token_nll(*args)
+            return cross_entropy(*args)
         return func(*args, **kwargs)
 
 
 class Called(nn.Module):
-    """A model of which functional_call can call any function."""
+    """A model within another, whose forward, which is what functional_call calls, is any function of it."""
 
     def __init__(self, model):
         super().__init__()
@@ -77,11 +77,12 @@ class Called(nn.Module):
 def derivative_along(model, W, direction, f):
     """d f(model) / dt as W moves by t · direction, at t = 0, by forward-mode differentiation; it can itself be differentiated by all but W.
     (Checkpointing would compute layers anew when nothing moves any more, and rests.)"""
-    names, checkpointing = {id(w): name for name, w in Called(model).named_parameters()}, model.model.checkpointing
+    called, checkpointing = Called(model), model.model.checkpointing
+    names = {id(w): name for name, w in called.named_parameters()}
     model.model.checkpointing = False
     try:
         with dual_level(), Tangents():
             moving = {names[id(w)]: make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)}
-            return unpack_dual(functional_call(Called(model), moving, (f,))).tangent
+            return unpack_dual(functional_call(called, moving, (f,))).tangent
     finally:
         model.model.checkpointing = checkpointing

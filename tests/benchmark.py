@@ -1,5 +1,5 @@
-"""Time and memory of our steps beside those of transformers and peft: the same weights, rows and threads, in one run, in turn,
-each a process of its own.
+"""Time and memory of our steps beside those of transformers and peft: the same weights, rows and threads, in one run, each
+in a process of its own. On a CPU they step in turn, and all stay in memory (the defaults: 16 GB); on a GPU each runs to its end before the next.
 
     pip install transformers peft && python tests/benchmark.py --json benchmark.json     smollm2-135m-q4, about a quarter of an hour on two cores
     python tests/benchmark.py --model X --dtype bfloat16 --device cuda --ours            ours alone, of any checkpoint
@@ -168,6 +168,11 @@ def flops(config, batch, passes, distinct=True):
     return passes * (config.n_layers * (2 * layer * tokens + 2 * heads * T * B * T) + 2 * D * config.vocab_size * labels)
 
 
+def probe_flops(config, batch, lowest):
+    """FLOPs of fitting the paper's probe: what is computed, and how it moves along ĝ, and of both the way back to the lowest probed layer."""
+    return flops(config, batch, 2) + flops(replace(config, n_layers=config.n_layers - 1 - lowest), batch, 2)
+
+
 def matmul_peak(args, n=4096):
     """FLOP/s of a product of two (n, n) matrices: the best of ten."""
     a, b = (torch.randn(n, n, dtype=DTYPES[args.dtype], device=args.device) for _ in range(2))
@@ -180,7 +185,7 @@ def matmul_peak(args, n=4096):
 
 
 def measured(args, names):
-    """({name: median seconds}, {name: bytes at the peak}), the subjects in turn, on a GPU one after the other, as it need not hold all of them."""
+    """({name: median seconds}, {name: bytes at the peak})."""
     seconds, peaks = {name: [] for name in names}, {}
     for group in [names] if args.device == "cpu" else [[name] for name in names]:
         workers = {name: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--subject", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in group}
@@ -188,7 +193,8 @@ def measured(args, names):
             for name, worker in workers.items():
                 if i <= 3 or not name.endswith(("generate", "load")):
                     print(i, file=worker.stdin, flush=True)
-                    seconds[name].append(float(worker.stdout.readline()))
+                    told = worker.stdout.readline() or sys.exit(f"{name} ended with status {worker.wait()}")
+                    seconds[name].append(float(told))
         for name, worker in workers.items():
             peaks[name] = int(worker.communicate()[0])
     return {name: statistics.median(of_name[1:]) for name, of_name in seconds.items()}, peaks
@@ -244,8 +250,7 @@ def report(args, peak, seconds, peaks, estimated):
     peaks |= {name: max(peaks["sap"], peaks["sap_filter"]) for name in seconds if name.startswith("sap,")}
     counted = {"sft": flops(config, task, 2), "hf_sft": flops(config, task, 2, distinct=False), "sap": flops(config, task, 2) + flops(config, both, 2)}
     counted["sap, 1 epoch"] = counted["sap"] + flops(config, task, 2)            # forward mode: what is computed, and how it moves
-    above = replace(config, n_layers=config.n_layers - 1 - parse_layers(None, config.n_layers)[0])
-    counted["paper_project"] = counted["sap, 1 epoch"] + flops(above, task, 2)       # likewise, and the way back to the lowest probed layer, of both
+    counted["paper_project"] = counted["sap"] + probe_flops(config, task, parse_layers(None, config.n_layers)[0])
     print(f"{args.model.name}, {args.dtype}, {args.device}, {args.threads} threads; a step's {task['input_ids'].numel()} task tokens and {both['input_ids'].numel()} contrastive ones, "
           f"padding included, of which {distinct[0]} and {distinct[1]} are computed (what rows begin with in common once, padding not); matrix products at {peak / 1e9:.0f} GFLOP/s; by FLOPs alone sap would take "
           f"{counted['sap, 1 epoch'] / counted['sft']:.2f} × sft in one epoch, paper_project {counted['paper_project'] / counted['sft']:.2f}")

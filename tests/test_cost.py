@@ -2,10 +2,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmark import flops
+from benchmark import flops, probe_flops
 from minisap import tangents
 from minisap.data import collate, collate_pairs
 from minisap.likelihood import prefixes_of, token_nll
@@ -91,51 +91,59 @@ def test_prompts_are_computed_once_and_answered_as_alone(model):
 RANDOM = torch.Generator().manual_seed(0)
 LINEAR, HEADS = ([torch.randn(shape, generator=RANDOM) for shape in shapes] for shapes in (((3, 5, 6), (4, 6), (4,)), ((2, 4, 5, 6), (2, 2, 5, 6), (2, 2, 5, 6))))
 CLASSES = [3 * torch.randn(7, 11, generator=RANDOM), torch.arange(7)]
-linear, attention, token_nll_of = F.linear, lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=None, is_causal=True, enable_gqa=True), lambda z, y: F.cross_entropy(z, y, reduction="none")
+linear, attention, cross_entropy = F.linear, lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=None, is_causal=True, enable_gqa=True), lambda z, y: F.cross_entropy(z, y, reduction="none")
 
 
-@pytest.mark.parametrize("function, arguments, moving", [(linear, LINEAR, 1), (linear, LINEAR[:2], 1), (linear, LINEAR, 2), (linear, LINEAR, 3), (token_nll_of, CLASSES, 1), (attention, HEADS, 3)])
+@pytest.mark.parametrize("function, arguments, moving", [(linear, LINEAR, 1), (linear, LINEAR[:2], 1), (linear, LINEAR, 2), (linear, LINEAR, 3), (cross_entropy, CLASSES, 1),
+                                                         (attention, HEADS, 1), (attention, HEADS, 2), (attention, HEADS, 3)])
 def test_tangents_by_hand_are_the_limits_of_differences(function, arguments, moving):
     """Central ones, in float64, whichever of the arguments move; and the value is PyTorch's."""
     arguments = [x.double() if x.is_floating_point() else x for x in arguments]
     tangents, h = [torch.randn(x.shape, generator=RANDOM, dtype=x.dtype) for x in arguments[:moving]], 1e-6
     moved = lambda step: function(*(x + step * t for x, t in zip(arguments, tangents)), *arguments[moving:])
-    with forward_ad.dual_level(), Tangents():
-        value, tangent = forward_ad.unpack_dual(function(*map(forward_ad.make_dual, arguments, tangents), *arguments[moving:]))
+    with dual_level(), Tangents():
+        value, tangent = unpack_dual(function(*map(make_dual, arguments, tangents), *arguments[moving:]))
     torch.testing.assert_close(value, function(*arguments))
     torch.testing.assert_close(tangent, (moved(h) - moved(-h)) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function, arguments, moving", [(linear, LINEAR, 1), (cross_entropy, CLASSES, 1), (attention, HEADS, 3)])
+def test_tangents_by_hand_in_half_precision_are_those_in_double(function, arguments, moving, dtype):
+    def tangent(dtype):
+        moved = [make_dual(x.to(dtype), torch.ones_like(x).to(dtype)) for x in arguments[:moving]]
+        return unpack_dual(function(*moved, *(x.to(dtype) if x.is_floating_point() else x for x in arguments[moving:]))).tangent
+    with dual_level(), Tangents():
+        torch.testing.assert_close(tangent(dtype).double(), tangent(torch.float64), rtol=0.02, atol=0.03)
 
 
 def test_the_model_calls_the_tangents_by_hand(model, monkeypatch):
     """By the way in which it calls what they stand for; in the first layer nothing that the key is made from moves."""
     calls = []
-    for name in ("frozen_linear", "causal_attention", "token_nll"):
+    for name in ("frozen_linear", "causal_attention", "cross_entropy"):
         monkeypatch.setattr(tangents, name, lambda *args, name=name, function=getattr(tangents, name): calls.append(name) or function(*args))
     W = add_lora(model, r=1)
     row_slopes(model, W, [torch.ones_like(w) for w in W], BATCH)
-    assert calls == ["causal_attention", *["frozen_linear"] * 4, *[*["frozen_linear"] * 3, "causal_attention", *["frozen_linear"] * 4] * 2, "frozen_linear", "token_nll"]
+    assert calls == ["causal_attention", *["frozen_linear"] * 4, *[*["frozen_linear"] * 3, "causal_attention", *["frozen_linear"] * 4] * 2, "frozen_linear", "cross_entropy"]
 
 
-def test_a_slope_costs_two_forward_passes_and_what_lora_and_attention_take(model):
+def test_a_slope_costs_two_forward_passes_and_the_probe_its_way_back_from_it(model):
     """Through a linear layer that is frozen what moves goes once. (PyTorch's own forward mode multiplies by its tangent, of zeros, too.)"""
     W, pairs, r, tokens = add_lora(model, r=1), collate_pairs([(ROWS[1], ROWS[2])]), 1, 14
     direction, config = unit(torch.autograd.grad(safety_loss(model, pairs), W)), model.config
     (B, T), D = BATCH["input_ids"].shape, config.hidden_size
     inputs = 2 * tokens * 2 * D * D                                     # q, k and v of the first layer, into which nothing goes that moves
-    lora = config.n_layers * 3 * 2 * tokens * r * (4 * D - D // 2)      # each of q's and v's two products: itself, and with either factor's tangent
-    heads = config.n_layers * 6 * 2 * B * T * T * D                     # q k, P v; q̇ k, q k̇; Ṗ v, P v̇
-    assert counted(lambda: row_slopes(model, W, direction, BATCH)) == 2 * (linear_flops(config, tokens) + head_flops(config, ROWS)) - inputs + lora + heads
-
-
-def test_the_probe_costs_a_slope_and_its_way_back_to_the_lowest_probed_layer(model):
-    """Both ways, that of x and that of ẋ; and none through a weight."""
-    W, r, tokens, (B, T), config, D = add_lora(model, r=1), 1, 14, BATCH["input_ids"].shape, model.config, model.config.hidden_size
-    direction = [torch.ones_like(w) for w in W]
-    slope, *probes = (counted(f) for f in (lambda: row_slopes(model, W, direction, BATCH), lambda: probe_gradient(model, W, direction, BATCH, [2]),
-                                           lambda: probe_gradient(model, W, direction, BATCH, [1, 2])))
-    assert probes[0] == slope + 2 * head_flops(config, ROWS)
-    layer = 2 * linear_flops(config, tokens) // config.n_layers + 3 * 2 * tokens * r * (4 * D - D // 2) + 12 * 2 * B * T * T * D          # of attention's six products, two factors each
-    assert probes[1] == probes[0] + layer
+    lora = 3 * 2 * tokens * r * (4 * D - D // 2)                        # of each layer: each of q's and v's two products, itself and with either factor's tangent
+    heads = 6 * 2 * B * T * T * D                                       # likewise: q k, P v; q̇ k, q k̇; Ṗ v, P v̇
+    slope = 2 * (linear_flops(config, tokens) + head_flops(config, ROWS)) - inputs + config.n_layers * (lora + heads)
+    assert counted(lambda: row_slopes(model, W, direction, BATCH)) == slope
+    # The probe's gradient takes the way back of x and of ẋ, too, down to the lowest probed layer, and none through a weight.
+    probe = {lowest: counted(lambda: probe_gradient(model, W, direction, BATCH, list(range(lowest, config.n_layers)))) for lowest in (1, 2)}
+    assert probe[2] == slope + 2 * head_flops(config, ROWS)
+    assert probe[1] == probe[2] + 2 * linear_flops(config, tokens) // config.n_layers + lora + 2 * heads         # of each product either factor
+    # The benchmark's count leaves out LoRA, and takes attention for fused: two products, a half of each.
+    fused = 2 * B * T * T * D
+    assert probe_flops(config, BATCH, 1) == probe[1] + inputs - config.n_layers * (lora + heads) - lora - 2 * heads + 2 * fused * (config.n_layers + 1)
 
 
 def test_the_benchmark_s_flops_are_those_that_pytorch_counts(model):

@@ -49,7 +49,7 @@ def allocated(args, method, config, rows, pairs, first_rows):
 
 
 CASES = [*((method, CONFIG, ()) for method in ("sft", "sap", "paper_project", "kl", "released", "vaccine", "lisa")),
-         *(("sap", CONFIG, flags) for flags in (("--checkpointing",), ("--lora_rank", "0"), ("--checkpointing", "--lora_rank", "0"))),
+         *(("sap", CONFIG, flags) for flags in (("--checkpointing",), ("--lora_rank", "0"), ("--checkpointing", "--lora_rank", "0"))), ("paper_project", CONFIG, ("--checkpointing",)),
          ("sft", TIED, ()), ("sap", TIED, ("--refresh", "4")), ("paper_project", TIED, ("--lora_rank", "0"))]
 
 
@@ -57,7 +57,7 @@ CASES = [*((method, CONFIG, ()) for method in ("sft", "sap", "paper_project", "k
 def test_what_small_models_take_tells_what_the_whole_one_takes(method, config, flags):
     args = options(*flags)
     batches = largest_batches(args, config, ROWS, PAIRS)
-    assert estimate(args, method, config, batches) == pytest.approx(allocated(args, method, config, *batches), rel=0.02)
+    assert estimate(args, method, config, batches) == pytest.approx(allocated(args, method, config, *batches), rel=0.025)
 
 
 def test_a_filter_that_gives_no_number_does_not_hide_what_the_steps_take(monkeypatch):
@@ -77,7 +77,7 @@ def test_the_longest_rows_are_not_the_largest_where_they_have_most_in_common():
     rows = alike + [{"input_ids": [20 + i] * 54, "labels": [-100] * 48 + [20 + i] * 6} for i in range(16)]
     args, config = options("--steps", "8"), replace(CONFIG, n_layers=3)
     chosen, pairs, first_rows = largest_batches(args, config, rows, PAIRS)
-    assert estimate(args, "sap", config, (chosen, pairs, first_rows)) == pytest.approx(allocated(args, "sap", config, chosen, pairs, rows), rel=0.02)
+    assert estimate(args, "sap", config, (chosen, pairs, first_rows)) == pytest.approx(allocated(args, "sap", config, chosen, pairs, rows), rel=0.025)
     assert not any(row in alike for row in first_rows)
 
 

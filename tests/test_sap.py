@@ -15,6 +15,7 @@ from minisap.methods import FIRST, METHODS, released
 from minisap.rivals import STRENGTH
 from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, paper_step, probe_gradient, probe_gradient_by_difference, project_out_harm,
                          safety_loss, sap_step, unit, useful_loss)
+from minisap.tangents import derivative_along
 from minisap.tokenizer import Tokenizer
 from tiny import BASE, tiny_model
 
@@ -135,7 +136,7 @@ def test_probe_gradient_equals_central_differences(world):
 
 
 def test_a_slope_is_that_of_the_row_s_own_loss_along_g_hat(world):
-    """Against central differences, row by row, and against the double derivative; nothing is left behind."""
+    """Against central differences, row by row, and against the row's own gradient; nothing is left behind."""
     model, W, batch, _ = world
     g_hat, h, logits = g_hat_of(world), 1e-4, model(batch["input_ids"])
     slopes = sap.row_slopes(model, W, g_hat, batch)
@@ -240,11 +241,14 @@ def test_the_safety_weight_adds_the_safety_loss_s_gradient_after_the_projection(
         torch.testing.assert_close(a, b)
 
 
-def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identical(world):
+def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identical(world, monkeypatch):
     model, W, batch, _ = world
     g_hat, before = g_hat_of(world), [w.detach().clone() for w in W]
     exact = probe_gradient(model, W, g_hat, batch, LAYERS)
-    difference = probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=1e-6)
+    asked, own = [], likelihood.prefixes_of
+    monkeypatch.setattr(likelihood, "prefixes_of", lambda *args: asked.append(own(*args).origin.tolist()) or own(*args))
+    difference = probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=1e-6, hidden=[])
+    assert len(asked) == 2 and asked[0] == asked[1]                             # else rounding would not cancel
     for j in LAYERS:
         assert F.cosine_similarity(exact[0][j], difference[0][j], dim=-1).min() > 0.99999
         torch.testing.assert_close(exact[1][j], difference[1][j])
@@ -438,13 +442,9 @@ def test_a_slope_that_is_no_number_is_found_though_another_row_has_its_source(wo
 
 
 def test_checkpointing_changes_no_bit(world):
-    """Of the gradients, the double derivative and the slopes; and what is kept is less."""
+    """Of the gradients; and what is kept is less."""
     model, W, batch, pairs = world
-
-    def everything():
-        g_hat = g_hat_of(world)
-        d, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
-        return [*gradient(model, W, batch), *g_hat, *d.values(), *g_V.values(), sap.row_slopes(model, W, g_hat, batch)]
+    everything = lambda: [*gradient(model, W, batch), *g_hat_of(world)]
 
     def kept():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
@@ -457,10 +457,20 @@ def test_checkpointing_changes_no_bit(world):
     assert all(torch.equal(a, b) for a, b in zip(everything(), plain)) and kept() < before / 2
 
 
+def test_checkpointing_rests_while_something_moves_and_no_longer(world):
+    model, W, batch, _ = world
+    probed = lambda: [d for found in probe_gradient(model, W, g_hat_of(world), batch, LAYERS) for d in found.values()]
+    plain, model.model.checkpointing = probed(), True
+    assert all(torch.equal(a, b) for a, b in zip(probed(), plain)) and model.model.checkpointing
+    with pytest.raises(ZeroDivisionError):
+        derivative_along(model, W, W, lambda _: 1 / 0)
+    assert model.model.checkpointing and all(isinstance(w, torch.nn.Parameter) for w in model.parameters())
+
+
 def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(world, monkeypatch):
-    """To rounding, double derivative included; the largest thing that is kept is not the logits."""
+    """To rounding, and the same slopes; the largest thing that is kept is not the logits."""
     model, W, batch, pairs = world
-    derivatives = lambda: [*gradient(model, W, batch), *probe_gradient(model, W, g_hat_of(world), batch, LAYERS)[0].values()]
+    derivatives = lambda: [*gradient(model, W, batch), sap.row_slopes(model, W, g_hat_of(world), batch)]
     plain = derivatives()
     model.model.checkpointing = True
     monkeypatch.setattr(likelihood, "HEAD_TOKENS", 2)

@@ -60,10 +60,10 @@ def test_the_merged_checkpoint_is_the_start_with_its_adapter(start, tmp_path):
     assert not torch.equal(load_model(out / "sft")(ids), load_model(start)(ids))
 
 
-@pytest.mark.parametrize("method", ["sap", "released", "lisa", "constrained", "ema"])
+@pytest.mark.parametrize("method", ["sap", "paper_project", "released", "lisa", "constrained", "ema"])
 @pytest.mark.parametrize("more", [["--eval_every", "1"], ["--lora_rank", "0"]])
 def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeypatch):
-    more = [*more, "--gate", "1e-9", "--refresh", "3"] if method == "sap" else more
+    more = [*more, *["--gate", "1e-9"] * (method == "sap"), *["--refresh", "3"] * (method in ("sap", "paper_project"))]
     whole = train(start, tmp_path / "whole", "--method", method, *more)
     step_batches, calls = train_script.step_batches, []
 
