@@ -7,7 +7,7 @@ import eval as eval_script
 from departures import rows_of as rows_of_departures
 from minisap.checkpoint import read_json
 from minisap.compare import Series
-from minisap.findings import other_tables, steps_to_break
+from minisap.findings import SENSITIVE, crossed, other_tables, steps_to_break
 from minisap.mechanism import format_mean, last_watched
 from minisap.stats import wilson
 from minisap.table import at, comparisons, dominating, legend, markdown, over_seeds, rows_of, share_cell
@@ -138,6 +138,15 @@ def test_the_world_s_table_is_what_the_record_says():
         assert f"| `{method}` | {' | '.join(cell(of[setting].get(method)) for setting in of)} |\n" in README.replace("**", "")
 
 
+def test_what_a_kept_probe_costs_is_what_the_record_says():
+    found = read_json(GOLDEN / "world" / "refresh.json")
+    assert markdown(crossed("", "setting", found, lambda r: r["setting"], lambda r: SENSITIVE[r["metric"]], lambda r: f"{r['mean']:.3f}" if r["metric"] == "task_loss" else share_cell(r))[1]) in RESULTS
+    (paper, kept), (project, project_kept) = [[f"{100 * r['mean']:.1f}" for r in found if r["metric"] == "harmful_score"][i:i + 2] for i in (0, 2)]
+    assert f"`paper` {kept} and {paper} %, `paper_project` {project_kept} and {project} %" in README
+    step, sft = (read_json(GOLDEN / "benchmark.json")[key] for key in ("paper_step_s", "sft_step_s"))
+    assert f"1 + ({step / sft:.2f} − 1) / 4 = {1 + (step / sft - 1) / 4:.2f} × SFT" in RESULTS
+
+
 def test_the_observations_are_what_the_record_says():
     for check in read_json(GOLDEN / "world" / "checks.json"):
         count = sum(check["holds"].values())
@@ -193,7 +202,11 @@ def test_what_a_step_costs_is_what_the_record_says():
                                 ("SFT, transformers and peft", found["hf_sft_step_s"], "hf_sft"), ("the paper's released schedule, the same", found["hf_released_step_s"], "hf_released")):
         assert f"| {name} | {seconds:.2f} | {seconds / sft:.2f} | {peaks[peak] / gib:.2f} |\n" in README
     page = re.sub(r"\s+", " ", README)
-    for told in (f"{filtering / sft:.2f} steps of SFT", f"{found['sap_flops_over_sft']:.2f} × SFT in one epoch", f"we are at {found['sft_speedup']:.2f})", f"({found['sap_speedup']:.2f}; in three epochs {found['hf_released_step_s'] / (found['sap_step_s'] - 2 / 3 * filtering):.2f})",
+    speed = lambda seconds: f"{found['hf_released_step_s'] / seconds:.2f}"
+    for told in (f"{filtering / sft:.2f} steps of SFT", f"{found['sap_flops_over_sft']:.2f} × SFT in one epoch", f"`paper_project` would take {found['paper_flops_over_sft']:.2f} × SFT",
+                 f"Our SFT step is {found['sft_speedup']:.2f} × as fast", f"SAP takes {found['sap_over_sft']:.2f} × that in one epoch", f"{found['sap_over_sft_3_epochs']:.2f} × in three",
+                 f"A step of `sap` is {speed(found['sap_step_s'] - filtering)} × as fast, but with its filter {speed(found['sap_step_s'])} × in one epoch (in three {speed(found['sap_step_s'] - 2 / 3 * filtering)})",
+                 f"at SFT's share of the peak would be {speed(found['sap_flops_over_sft'] * sft)} × as fast",
                  f"of {found['tokens_per_step']} task tokens {found['distinct_tokens_per_step']} are computed", *(f"{found['estimated_bytes'][key] / gib:.2f}{told}" for key, told in (("sft", " GiB for `sft` and"), ("sap, 1 epoch", " for `sap`; the process"))),
                  f"{found['generate_speedup']:.2f} × as fast as transformers'", f"({found['matmul_flops'] / 1e9:.0f} GFLOP/s)"):
         assert told in page, told
