@@ -57,7 +57,8 @@ CASES = [*((method, CONFIG, ()) for method in ("sft", "sap", "paper_project", "k
 def test_what_small_models_take_tells_what_the_whole_one_takes(method, config, flags):
     args = options(*flags)
     batches = largest_batches(args, config, ROWS, PAIRS)
-    assert estimate(args, method, config, batches) == pytest.approx(allocated(args, method, config, *batches), rel=0.025)
+    within = 0.025 if (method, *flags) == ("paper_project", "--checkpointing") else 0.02
+    assert estimate(args, method, config, batches) == pytest.approx(allocated(args, method, config, *batches), rel=within)
 
 
 def test_a_filter_that_gives_no_number_does_not_hide_what_the_steps_take(monkeypatch):

@@ -7,7 +7,7 @@ import eval as eval_script
 from departures import rows_of as rows_of_departures
 from minisap.checkpoint import read_json
 from minisap.compare import Series
-from minisap.findings import SENSITIVE, crossed, other_tables, steps_to_break
+from minisap.findings import other_tables, sensitivity_table, steps_to_break
 from minisap.mechanism import format_mean, last_watched
 from minisap.stats import wilson
 from minisap.table import at, comparisons, dominating, legend, markdown, over_seeds, rows_of, share_cell
@@ -140,7 +140,7 @@ def test_the_world_s_table_is_what_the_record_says():
 
 def test_what_a_kept_probe_costs_is_what_the_record_says():
     found = read_json(GOLDEN / "world" / "refresh.json")
-    assert markdown(crossed("", "setting", found, lambda r: r["setting"], lambda r: SENSITIVE[r["metric"]], lambda r: f"{r['mean']:.3f}" if r["metric"] == "task_loss" else share_cell(r))[1]) in RESULTS
+    assert markdown(sensitivity_table("", found)[1]) in RESULTS
     (paper, kept), (project, project_kept) = [[f"{100 * r['mean']:.1f}" for r in found if r["metric"] == "harmful_score"][i:i + 2] for i in (0, 2)]
     assert f"`paper` {kept} and {paper} %, `paper_project` {project_kept} and {project} %" in README
     step, sft = (read_json(GOLDEN / "benchmark.json")[key] for key in ("paper_step_s", "sft_step_s"))
