@@ -26,16 +26,17 @@ from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_forma
                                 weights_crc32, write_json)
 from minisap.align import ALIGN
 from minisap.data import (batch_rows, built_in, collate, encode_pairs, encode_rows, load_safe_prompts, load_safety_rows, load_splits,
-                          poison_rows, repeated, sha256_of, step_batches)
+                          poison_rows, repeated, sha256_of, sources, step_batches)
 from minisap.evaluate import evaluate, print_records, read_measured, record, with_own_refusals
+from minisap.finite import NotFinite, check_finite
 from minisap.lora import merge_lora
 from minisap.mechanism import Watch, print_watched
 from minisap.memory import check_memory
-from minisap.methods import FIRST, METHODS, PAIRLESS, filtered
+from minisap.methods import FIRST, METHODS, PAIRLESS, filtered, own_mistakes
 from minisap.optimize import learning_rate_at, trainable, update
 from minisap.resume import check_out_dir, claim_out_dir, load_state, save_state
 from minisap.rivals import AFTER, STRENGTH
-from minisap.sap import NotFinite, check_finite, copies, put, sources
+from minisap.sap import copies, put
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, find_before, find_model, load_tokenizer,
                             of_world, parse_layers, run, use_device)
 
@@ -43,6 +44,8 @@ from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_f
 # Other defaults for models of the synthetic world, which are tiny.
 WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "warmup": 20, "lora_rank": 0,
         "layers": "0,1", "radius": 0.1, "gate": 0.05, "safety_weight": 0.05, "threads": 1}
+
+WARN_ABOVE = 1 / 4      # the share of the rows that nobody marked as poisoned beyond which leaving them out is worth a warning
 
 
 # The first sentence of every method's docstring.
@@ -113,10 +116,10 @@ def reset_peak(args):
 
 
 def choose_first(args, method, model, W, task, pairs, state, out_dir):
-    """state["counts"]: which examples the method will train on; what that came to is printed, and left in filter.json."""
+    """state["counts"]: which examples the method will train on; what that came to is left in filter.json, and told."""
     began = time.perf_counter()
     try:
-        with parallel.together():
+        with parallel.together(), own_mistakes(method):
             state["counts"] = FIRST[method](model, W, task, pairs, args)
     except NotFinite as error:
         raise NotFinite(f"{method}, before the first step: {error}") from None
@@ -124,7 +127,12 @@ def choose_first(args, method, model, W, task, pairs, state, out_dir):
     found = filtered(task, state["counts"])
     if parallel.leads():
         write_json(out_dir / "filter.json", found)
-    print("{} leaves out {left_out:,} of the {rows:,} task rows that it comes to, {poisoned_left_out:,} of the {poisoned:,} poisoned".format(method, **found))
+    of_poisoned = f", {found['poisoned_left_out']:,} of the {found['poisoned']:,} poisoned" if found["poisoned"] else ""
+    print(f"{method} leaves out {found['left_out']:,} of the {found['rows']:,} task rows that it comes to{of_poisoned}")
+    unmarked, unmarked_out = found["rows"] - found["poisoned"], found["left_out"] - found["poisoned_left_out"]
+    if unmarked_out > WARN_ABOVE * unmarked:
+        print(f"{unmarked_out:,} of the {unmarked:,} rows that nobody marked as poisoned are left out ({out_dir / 'filter.json'} says which): if they are harmless, "
+              "the start probably refuses prompts like theirs; a larger --gate, or a start that refuses less, leaves out fewer")
 
 
 def train(args, method, start, task, pairs, measure, watch_of, out_dir):
@@ -144,7 +152,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
             places = batch_rows(range(len(task)), args.batch_size, step, args.seed)
             rows, step_pairs = [task[i] for i in places if counts[i]], batch_rows(pairs, args.pairs_per_step, step, args.seed)
             batch, contrast = step_batches(rows, step_pairs, args.device)
-            with parallel.together():
+            with parallel.together(), own_mistakes(method):
                 grads, log = METHODS[method](model, W, batch, contrast, args, state)
             looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
             W_before = copies(W) if looks else None

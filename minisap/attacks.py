@@ -11,6 +11,7 @@ An input, as the model and the measures of mechanism.py read it: (ids, shift), a
 embeddings, (T, D) or None.
 """
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from minisap.data import collate, collate_pairs, encode_example, encode_pairs, encode_prompt, encode_rows
@@ -104,11 +105,11 @@ def complete(model, inputs, max_new_tokens, stop_ids):
     news = []
     for i in range(0, len(inputs), BATCH):
         ids, shifts = zip(*inputs[i:i + BATCH])
-        probe = model.lm_head.weight.new_zeros(len(ids), max(map(len, ids)), model.config.hidden_size)
-        for row, own, shift in zip(probe, ids, shifts):
-            if shift is not None:
-                row[-len(own):] = shift                                     # generate pads on the left
-        news += model.generate(ids, max_new_tokens, stop_ids, probe={-1: probe} if any(shift is not None for shift in shifts) else None)
+        probe = None
+        if shifts[0] is not None:                                           # an attack shifts every input, or none
+            longest = max(map(len, ids))
+            probe = {-1: torch.stack([F.pad(shift, (0, 0, longest - len(shift), 0)) for shift in shifts])}      # generate pads on the left
+        news += model.generate(ids, max_new_tokens, stop_ids, probe=probe)
     return news
 
 

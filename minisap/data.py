@@ -165,7 +165,8 @@ def repeated(held_out, rows, *keys):
 def split_rows(rows, first, last, source):
     """(the first rows, the rows between, the last rows) in an order shuffled once, the same for every seed."""
     if len(rows) <= first + last:
-        raise ValueError(f"{source}: {len(rows)} rows are too few to set {first} (--pairs) + {last} (--n_eval) of them apart")
+        apart = f"{first} (--pairs) + {last}" if first else last
+        raise ValueError(f"{source}: {len(rows)} rows are too few to set {apart} (--n_eval) of them apart")
     shuffled = shuffle(rows)
     return shuffled[:first], shuffled[first:len(rows) - last], shuffled[len(rows) - last:]
 
@@ -239,6 +240,11 @@ def encode_rows(tokenizer, rows, max_len, key="response"):
         except ValueError as error:
             raise ValueError(f"{row['source']}: {error}") from None
     return examples
+
+
+def sources(examples):
+    """Where examples come from, as "file:line, file:line"."""
+    return ", ".join(example.get("source", "?") for example in examples)
 
 
 def encode_pairs(tokenizer, rows, max_len):

@@ -6,9 +6,9 @@ from tqdm import tqdm
 
 from minisap.checkpoint import read_json
 from minisap.data import collate, encode_prompt, encode_rows
+from minisap.finite import check_finite
 from minisap.judge import JUDGES, describe, judge_of
 from minisap.likelihood import response_nll
-from minisap.sap import check_finite
 from minisap.stats import bootstrap, wilson
 
 MAX_NEW_TOKENS = 32

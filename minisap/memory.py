@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 from minisap import parallel
 from minisap.checkpoint import DTYPES
 from minisap.data import batch_rows, rows_of_run, step_batches
-from minisap.methods import FIRST, METHODS, ROWS_PER_ROW
+from minisap.finite import NotFinite
+from minisap.methods import FIRST, METHODS, ROWS_PER_ROW, own_mistakes
 from minisap.model import Llama, distinct_prefixes
 from minisap.optimize import trainable, update
 from minisap.rivals import LISA_PERIOD
-from minisap.sap import NotFinite, by_length
+from minisap.sap import by_length
 
 GIB = 2**30
 TOLERANCE = 1.1                     # how far an estimate may be off
@@ -110,7 +111,7 @@ def largest_batches(args, config, task, pairs):
 
 def peaks_of(args, method, config, rows, pairs, first_rows):
     """Bytes at the peak of every part of a method's steps, and of what it does before the first. A part ends with a gradient, or with an update."""
-    with Counted(args.device) as counted, EveryGradient(counted.mark), parallel.together():
+    with Counted(args.device) as counted, EveryGradient(counted.mark), parallel.together(), own_mistakes(method):
         model = random_model(config, DTYPES[args.dtype], args.device)
         W, model.model.checkpointing = trainable(model, args), args.checkpointing
         counted.peak = counted.live

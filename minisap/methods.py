@@ -1,10 +1,12 @@
 """Every way to fine-tune, behind one signature:  method(model, W, batch, contrast, args, state) -> (gradient, log).
 
 batch   the task's examples;  contrast: answers to the same unsafe prompts, safe and harmful, see collate_pairs in data.py
-args    gate, projection, safety_weight, refresh, layers, radius, epsilon, seed, steps, strength: see train.py --help
+args    gate, projection, safety_weight, refusal_weight, refresh, layers, radius, epsilon, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 A method may choose its rows before the first step (FIRST, below), and change W after the last (AFTER, in rivals.py).
 """
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -41,10 +43,11 @@ def choose_rows(model, W, task, pairs, args):
 
 
 def filtered(task, counts):
-    """What a choice of rows came to, as numbers of rows; of those that say so themselves, it is known whether they are poisoned."""
-    asked = [(example["poisoned"], counted) for example, counted in zip(task, counts) if counted is not None]
-    return {"rows": len(asked), "left_out": sum(not counted for _, counted in asked), "poisoned": sum(poisoned for poisoned, _ in asked),
-            "poisoned_left_out": sum(poisoned and not counted for poisoned, counted in asked)}
+    """What a choice of rows came to, as numbers of rows, and the sources of those that it leaves out; of rows that say so themselves, it is known whether they are poisoned."""
+    asked = [(example, counted) for example, counted in zip(task, counts) if counted is not None]
+    out = [example for example, counted in asked if not counted]
+    return {"rows": len(asked), "left_out": len(out), "poisoned": sum(example["poisoned"] for example, _ in asked),
+            "poisoned_left_out": sum(example["poisoned"] for example in out), "sources_left_out": [example["source"] for example in out]}
 
 
 def paper(model, W, batch, contrast, args, state):
@@ -76,13 +79,13 @@ def random_probe(model, W, batch, contrast, args, state):
     return gradient(loss, W), {"loss": loss.item()}
 
 
-RELEASED_EPSILON, RELEASED_LR = 2e-5, 0.05
+RELEASED_LAYERS, RELEASED_EPSILON, RELEASED_LR = (3, 9), 2e-5, 0.05          # layers of 32
 
 
 def released(model, W, batch, contrast, args, state):
     """The schedule of the paper's released code: V is fitted after the weight step, so that a batch is trained with the probe
     of the batch before; V takes one AdamW step from zero along a finite difference; layers 3 and 9 of 32; no projection."""
-    V, layers = None, sorted({model.config.n_layers * j // 32 for j in (3, 9)})
+    V, layers = None, sorted({model.config.n_layers * j // 32 for j in RELEASED_LAYERS})
     if "batch" in state:
         g_hat = harmful_direction(model, W, contrast)
         d, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
@@ -106,3 +109,12 @@ FIRST = {"sap": choose_rows}                                                    
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
 METHODS = {"sft": sft, "sap": sap, "paper": paper, "paper_project": paper_project, "project": project, "random_probe": random_probe, "released": released,
            **RIVALS, **ALIGN, "pretrain": pretrain}
+
+
+@contextmanager
+def own_mistakes(method):
+    """Within: a ValueError is a mistake of the method, not of an input, and keeps its traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(f"--method {method}: {error}") from error

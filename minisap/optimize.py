@@ -4,7 +4,7 @@ import math
 import torch
 
 from minisap.lora import add_lora
-from minisap.sap import check_finite
+from minisap.finite import check_finite
 
 
 def trainable(model, args):

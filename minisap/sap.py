@@ -7,7 +7,6 @@ V      the probe.
 ĝ      g_hat, one tensor per W, unit norm over all of them: the direction in which the model becomes *less* safe
 Signs  L_safe falls as the model becomes safer.  ⟨∇_W L_useful, ĝ⟩ < 0: a descent step on the task is a step toward harm.
 """
-import math
 from contextlib import contextmanager
 
 import torch
@@ -15,22 +14,11 @@ from torch.autograd.forward_ad import make_dual
 from tqdm import tqdm
 
 from minisap import parallel
-from minisap.data import collate, collate_pairs
+from minisap.data import collate, collate_pairs, sources
+from minisap.finite import check_finite
 from minisap.likelihood import response_nll
 from minisap.model import widen
 from minisap.tangents import derivative_along
-
-
-class NotFinite(ArithmeticError):
-    """A number of a run is NaN or infinite, and the run must not go on: one line on stderr, exit status 3."""
-
-
-def check_finite(quantities):
-    """quantities: {name: number, or list of numbers}."""
-    for name, value in quantities.items():
-        for number in value if isinstance(value, list) else [value]:
-            if not math.isfinite(number):
-                raise NotFinite(f"{name} is {number}")
 
 
 def useful_loss(model, batch, probe=None, hidden=None):
@@ -176,11 +164,6 @@ def safety_gradient(model, W, pairs, batch_size):
     return total
 
 
-def sources(examples):
-    """Where examples come from, as "file:line, file:line"."""
-    return ", ".join(example.get("source", "?") for example in examples)
-
-
 def fit_rows(model, W, g_safe, examples, gate, batch_size):
     """(N,), True where an example counts: lines 2 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
     then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
@@ -223,7 +206,7 @@ def paper_step(model, W, batch, contrast, state, layers, radius, epsilon=0.0, pr
 
 
 def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.0, refusal_weight=0.0, refresh=1):
-    """(gradient, log) of one step with the probe on the rows: of the batch those are left that count (fit_rows), maybe none. Then the projection, then
+    """(gradient, log) of one step with the probe on the rows: the batch holds those alone that count (fit_rows; train.py drops the others), maybe none. Then the projection, then
     the safety loss's own gradient, and that of the refusals' cross-entropy; without all of these SFT, bit for bit.
     state: {"step": the number of this one} and what is kept between steps.  refresh: ∇_W L_safe, and so ĝ, is that of the last step
     whose number is a multiple of it."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from minisap import parallel
 from minisap.checkpoint import DTYPES, load_config, out_of_memory, read_object, weights_crc32
-from minisap.sap import NotFinite
+from minisap.finite import NotFinite
 from minisap.tokenizer import FORMATS, Tokenizer
 
 
@@ -77,7 +77,7 @@ def add_step_flags(add):
 def add_machine_flags(add):
     add("--dtype", choices=DTYPES, help="of the model (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is one)")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice; 1 is faster where other work shares the cores)")
 
 
 def run(main, interrupted="interrupted"):

@@ -26,14 +26,13 @@ from minisap.evaluate import print_table  # noqa: E402
 from minisap.likelihood import prefixes_of  # noqa: E402
 from minisap.lora import add_lora  # noqa: E402
 from minisap.memory import estimate, largest_batches  # noqa: E402
-from minisap.methods import METHODS, ROWS_PER_ROW  # noqa: E402
+from minisap.methods import METHODS, RELEASED_EPSILON, RELEASED_LAYERS, RELEASED_LR, ROWS_PER_ROW  # noqa: E402
 from minisap.optimize import update  # noqa: E402
 from minisap.sap import harmful_direction, slopes_of  # noqa: E402
 from minisap.script import find_model, parse_layers  # noqa: E402
 from minisap.tokenizer import Tokenizer  # noqa: E402
 from train import parse_args  # noqa: E402
 
-RELEASED_LAYERS, RELEASED_EPSILON, RELEASED_LR = (3, 9), 2e-5, 0.05         # layers of 32
 NEW_TOKENS, PROMPTS = 64, 32
 ESTIMATED = {"sft": "sft", "sap, 1 epoch": "sap", "paper_project": "paper_project"}         # whose memory train.py would tell beforehand
 
@@ -88,14 +87,13 @@ def ours(args, method):
 
 
 def ours_filter(args):
-    """step(i) is what sap does before its first step, for as many rows as a step has: each row is asked once."""
+    """step(i) is what sap does before its first step, for the rows of ROWS_PER_ROW steps: each row is asked once, and `report` divides."""
     model = load(args)
     W, (examples, _, contrast) = add_lora(model), batches(args)
     g_hat = harmful_direction(model, W, contrast(0))
 
     def step(i):
-        if i % ROWS_PER_ROW == 0:
-            slopes_of(model, W, g_hat, [row for j in range(ROWS_PER_ROW) for row in examples(i + j)], ROWS_PER_ROW * args.batch_size)
+        slopes_of(model, W, g_hat, [row for j in range(ROWS_PER_ROW) for row in examples(i + j)], ROWS_PER_ROW * args.batch_size)
     return step
 
 

@@ -16,7 +16,7 @@ from minisap.methods import FIRST, METHODS
 from minisap.model import Llama
 from minisap.optimize import trainable, update
 from minisap.rivals import STRENGTH
-from minisap.sap import NotFinite
+from minisap.finite import NotFinite
 from test_sap import example
 from tiny import BASE
 

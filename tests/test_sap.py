@@ -9,6 +9,7 @@ from minisap import likelihood, sap
 from minisap.align import ALIGN
 from minisap.checkpoint import load_model
 from minisap.data import batch_rows, collate, collate_pairs, encode_pairs, encode_rows
+from minisap.finite import NotFinite
 from minisap.likelihood import response_nll
 from minisap.lora import add_lora
 from minisap.methods import FIRST, METHODS, released
@@ -437,7 +438,7 @@ def test_a_slope_that_is_no_number_is_found_though_another_row_has_its_source(wo
     model, W, _, _ = world
     monkeypatch.setattr(sap, "slopes_of", lambda *args: torch.tensor([1.0, float("nan"), 1.0]))
     rows = [{"source": "a:1"}, {"source": "a:2"}, {"source": "a:2"}]
-    with pytest.raises(sap.NotFinite, match="the slope of a:2 is nan"):
+    with pytest.raises(NotFinite, match="the slope of a:2 is nan"):
         sap.fit_rows(model, W, [torch.ones_like(w) for w in W], rows, 0.5, 2)
 
 

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -102,8 +103,27 @@ def test_how_many_poisoned_rows_are_left_out_is_told(start, tmp_path, monkeypatc
     poisoned = [example["poisoned"] for example in examples]
     train(start, tmp_path / "run", "--method", "sap", "--poison", "0.1")
     assert f"sap leaves out 40 of the {len(poisoned)} task rows that it comes to, {sum(poisoned[:40])} of the {sum(poisoned)} poisoned" in capsys.readouterr().out
-    assert read_json(tmp_path / "run/sap/filter.json") == {"rows": len(poisoned), "left_out": 40, "poisoned": sum(poisoned), "poisoned_left_out": sum(poisoned[:40])}
+    assert read_json(tmp_path / "run/sap/filter.json") == {"rows": len(poisoned), "left_out": 40, "poisoned": sum(poisoned), "poisoned_left_out": sum(poisoned[:40]),
+                                                           "sources_left_out": [example["source"] for example in examples[:40]]}
     assert 0 < sum(poisoned[:40]) < 40 and sum(poisoned) == round(len(poisoned) / 10)
+
+
+@pytest.mark.parametrize("share, warned", [(0.2, False), (0.3, True)])
+def test_who_loses_many_rows_that_nobody_marked_is_told_which(share, warned, start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train_script.FIRST, "sap", lambda model, W, task, contrast, args: [i >= share * len(task) for i in range(len(task))])
+    train(start, tmp_path / "run", "--method", "sap", "--poison", "0")
+    printed = capsys.readouterr().out
+    assert re.search(r"sap leaves out \d+ of the 794 task rows that it comes to\n", printed)           # of none is it known that it is poisoned
+    assert (f"of the 794 rows that nobody marked as poisoned are left out ({tmp_path / 'run/sap/filter.json'} says which)" in printed) == warned
+
+
+def test_a_method_s_own_mistake_keeps_its_traceback(start, tmp_path, monkeypatch):
+    def mine(model, W, batch, contrast, args, state):
+        loss, log = 1, 2, 3                                              # a ValueError, as wrong input is one, too
+    monkeypatch.setitem(train_script.METHODS, "sft", mine)
+    with pytest.raises(RuntimeError, match="--method sft: too many values to unpack") as caught:
+        run(lambda: train(start, tmp_path / "run", "--method", "sft"))
+    assert traceback.extract_tb(caught.value.__cause__.__traceback__)[-1].name == "mine"
 
 
 def test_a_method_joins_a_run_that_has_another_s_flags(start, tmp_path):
