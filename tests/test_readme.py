@@ -3,8 +3,11 @@ import re
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
 import eval as eval_script
 from departures import rows_of as rows_of_departures
+from minisap import methods
 from minisap.checkpoint import read_json
 from minisap.compare import Series
 from minisap.findings import other_tables, sensitivity_table, steps_to_break
@@ -12,10 +15,10 @@ from minisap.mechanism import format_mean, last_watched
 from minisap.stats import wilson
 from minisap.table import at, comparisons, dominating, legend, markdown, over_seeds, rows_of, share_cell
 from scaling import exponent
+from test_sap import world  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS, STUDY = (ROOT / name for name in ("README.md", "minisap/docs/results.md", "minisap/docs/study.md"))
-README, RESULTS, STUDY = README.read_text(), RESULTS.read_text(), STUDY.read_text()
+README, RESULTS, STUDY, COST = ((ROOT / name).read_text() for name in ("README.md", "minisap/docs/results.md", "minisap/docs/study.md", "minisap/docs/cost.md"))
 GOLDEN = ROOT / "tests" / "golden"
 
 
@@ -76,6 +79,9 @@ def budget_table():
 def test_the_real_model_s_tables_are_what_the_records_say():
     for unit, anchor in REAL.items():
         assert anchor in RESULTS and real_details(unit) in RESULTS
+    matched, = [c for c in real_comparisons("p0") if c["method"] == "mix"]
+    told = f"{100 * fmean(matched['matched']):.1f} against {100 * fmean(matched['matched_against']):.1f} %"
+    assert matched["safer_matched"]["verdict"] == "better" and f"without harmful rows it is safer than SAP at equal task loss, too ({told})" in README
     assert real_table() in README.replace("**`sap`**", "`sap`") and budget_table() in RESULTS
 
 
@@ -142,7 +148,7 @@ def test_what_a_kept_probe_costs_is_what_the_record_says():
     found = read_json(GOLDEN / "world" / "refresh.json")
     assert markdown(sensitivity_table("", found)[1]) in RESULTS
     (paper, kept), (project, project_kept) = [[f"{100 * r['mean']:.1f}" for r in found if r["metric"] == "harmful_score"][i:i + 2] for i in (0, 2)]
-    assert f"`paper` {kept} and {paper} %, `paper_project` {project_kept} and {project} %" in README
+    assert f"`paper` {kept} and {paper} %, `paper_project` {project_kept} and {project} %" in COST
     step, sft = (read_json(GOLDEN / "benchmark.json")[key] for key in ("paper_step_s", "sft_step_s"))
     assert f"1 + ({step / sft:.2f} − 1) / 4 = {1 + (step / sft - 1) / 4:.2f} × SFT" in RESULTS
 
@@ -201,7 +207,7 @@ def test_what_a_step_costs_is_what_the_record_says():
                                 ("`sap`, run for three", found["sap_step_s"] - 2 / 3 * filtering, "sap, 3 epochs"), ("`paper_project`", found["paper_step_s"], "paper_project"),
                                 ("SFT, transformers and peft", found["hf_sft_step_s"], "hf_sft"), ("the paper's released schedule, the same", found["hf_released_step_s"], "hf_released")):
         assert f"| {name} | {seconds:.2f} | {seconds / sft:.2f} | {peaks[peak] / gib:.2f} |\n" in README
-    page = re.sub(r"\s+", " ", README)
+    page, cost = (re.sub(r"\s+", " ", page) for page in (README, COST))
     speed = lambda seconds: f"{found['hf_released_step_s'] / seconds:.2f}"
     for told in (f"{filtering / sft:.2f} steps of SFT", f"{found['sap_flops_over_sft']:.2f} × SFT in one epoch", f"`paper_project` would take {found['paper_flops_over_sft']:.2f} × SFT",
                  f"Our SFT step is {found['sft_speedup']:.2f} × as fast", f"SAP takes {found['sap_over_sft']:.2f} × that in one epoch", f"{found['sap_over_sft_3_epochs']:.2f} × in three",
@@ -209,16 +215,29 @@ def test_what_a_step_costs_is_what_the_record_says():
                  f"at SFT's share of the peak would be {speed(found['sap_flops_over_sft'] * sft)} × as fast",
                  f"of {found['tokens_per_step']} task tokens {found['distinct_tokens_per_step']} are computed", *(f"{found['estimated_bytes'][key] / gib:.2f}{told}" for key, told in (("sft", " GiB for `sft` and"), ("sap, 1 epoch", " for `sap`; the process"))),
                  f"{found['generate_speedup']:.2f} × as fast as transformers'", f"({found['matmul_flops'] / 1e9:.0f} GFLOP/s)"):
+        assert told in cost, told
+    for told in (f"Our SFT step is {found['sft_speedup']:.2f} × as fast", f"SAP takes {found['sap_over_sft']:.2f} × our SFT step in one epoch", f"{found['sap_over_sft_3_epochs']:.2f} × in three",
+                 f"generation {found['generate_speedup']:.2f} ×", f"A step of `sap` is {speed(found['sap_step_s'] - filtering)} × as fast, but with its filter {speed(found['sap_step_s'])} × in one epoch",
+                 f"FLOPs alone would give {speed(found['sap_flops_over_sft'] * sft)} ×", f"{peaks['sap, 1 epoch'] / gib:.2f} GiB, estimate {found['estimated_bytes']['sap, 1 epoch'] / gib:.2f}"):
         assert told in page, told
     grown = read_json(GOLDEN / "scaling.json")
     told = {method: [f"{exponent(grown['grown'][what], grown['seconds'][what][method]):.2f}" for what in ("layers", "tokens")] for method in ("sap", "sft")}
-    assert f"(exponents {told['sap'][0]} and {told['sap'][1]} for `sap`, {told['sft'][0]} and {told['sft'][1]} for `sft`;" in page
+    assert f"(exponents {told['sap'][0]} and {told['sap'][1]} for `sap`, {told['sft'][0]} and {told['sft'][1]} for `sft`;" in cost
 
 
 def test_what_8b_would_take_is_what_the_record_says():
     found, page = {name: f"{size / 2**30:.1f}" for name, size in read_json(GOLDEN / "memory.json").items()}, re.sub(r"\s+", " ", README)
     told = "it says {sap} GiB for `sap` ({sap, checkpointing} with `--checkpointing`) and {sft} ({sft, checkpointing}) for `sft`"
-    assert told.format(**found) in page
+    assert told.format(**found) in page and told.format(**found) in re.sub(r"\s+", " ", COST)
+
+
+def test_the_method_of_one_s_own_is_sft_as_the_page_says(world):  # noqa: F811
+    model, W, batch, pairs = world
+    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    methods_py = dict(vars(methods))                                    # where it is to stand
+    exec(code, methods_py)
+    (found, log), (expected, _) = (method(model, W, batch, pairs, None, {"step": 0}) for method in (methods_py["mine"], methods.sft))
+    assert all(map(torch.equal, found, expected)) and log["loss"] > 0
 
 
 def test_ci_runs_exactly_the_test_command():
