@@ -1,4 +1,4 @@
-"""A run ends where a number of it is none."""
+"""A run ends where one of its numbers is NaN or infinite."""
 import math
 
 

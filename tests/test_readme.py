@@ -1,4 +1,5 @@
 """README.md and minisap/docs against the records in tests/golden that their tables are made from."""
+import json
 import re
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +32,7 @@ def runs_of(paths):
 
 
 REAL = {"p0.125": "One harmful row in eight:", "p0.25": "One in four:", "p0": "No harmful row:", "identity": "**Identity shifting**"}
-REAL_METHODS = ("sft", "sap", "sap --refusal_weight 0.1", "paper", "project", "random_probe", "mix")
+REAL_METHODS = ("sft", "sap", "sap --refusal_weight 0.1", "project", "random_probe", "mix")
 
 
 def real_comparisons(unit):
@@ -54,13 +55,36 @@ def real_table():
         if not any(method in of[unit] for unit in REAL):
             continue
         rows.append([f"`{method}`", *(cell(of[unit].get(method), over(of[unit].get(method))) for unit in REAL)])
-    return markdown(rows)
+    remade = paper_comparisons()[1]
+    return markdown([*rows, [f"`{PAPER}`", cell(remade, over(remade)), "", "", ""]])
 
 
 def real_details(unit):
     """results.md's. Of identity shifting nothing was measured on the way, so that nothing can be said at equal task loss."""
     rows = rows_of(real_comparisons(unit), "sap")
     return markdown([row[:-1] for row in rows] if unit == "identity" else rows)
+
+
+PAPER = "paper --radius 0.005"
+
+
+def paper_comparisons():
+    """The paper's method and SFT, from a start that was made anew, one harmful row in eight."""
+    runs = {method: runs_of(sorted(GOLDEN.glob(f"smollm2/remade/{method}-seed?")))[method] for method in ("sft", "paper")}
+    return comparisons({"sft": runs["sft"], PAPER: runs["paper"]}, "sft")
+
+
+def radius_table():
+    """results.md's: the grid of the paper's radius, on seed 9; beside each run's last measures the mean of what its log tells."""
+    rows = [["radius", "harmful %", "over-refusal %", "task loss", "training loss, last 10 steps", "⟨g_W, ĝ⟩", "probe_cosine"]]
+    for folder, name in (("choose-sft/sft", "0 (`sft`)"), *((f"choose-{r}/paper", r) for r in ("0.003", "0.005", "0.01", "0.03"))):
+        records, log = (GOLDEN / "smollm2" / "remade" / folder / file for file in ("eval.json", "log.jsonl"))
+        records, log = read_json(records), [json.loads(line) for line in log.read_text().splitlines()]
+        ends = [at(records, metric, 60) for metric in ("harmful_score", "over_refusal")]
+        mean = lambda key: f"{fmean(line[key] for line in log):.3f}" if key in log[0] else ""
+        rows.append([name, *(share_cell(over_seeds([end])) for end in ends), f"{at(records, 'task_loss', 60)['value']:.3f}", f"{fmean(line['loss'] for line in log[-10:]):.3f}",
+                     mean("conflict"), mean("probe_cosine")])
+    return markdown(rows)
 
 
 def budget_table():
@@ -82,6 +106,7 @@ def test_the_real_model_s_tables_are_what_the_records_say():
     matched, = [c for c in real_comparisons("p0") if c["method"] == "mix"]
     told = f"{100 * fmean(matched['matched']):.1f} against {100 * fmean(matched['matched_against']):.1f} %"
     assert matched["safer_matched"]["verdict"] == "better" and f"without harmful rows it is safer than SAP at equal task loss, too ({told})" in README
+    assert markdown([row[:-1] for row in rows_of(paper_comparisons(), "sft")]) in RESULTS and radius_table() in RESULTS
     assert real_table() in README.replace("**`sap`**", "`sap`") and budget_table() in RESULTS
 
 
