@@ -32,13 +32,12 @@ def sap(model, W, batch, contrast, args, state):
 
 def choose_rows(model, W, task, pairs, args):
     """What sap does before its first step: for each of the task's examples, whether it counts, by all of the contrastive pairs; None for those that the run
-    does not come to. The gate is a share of what a harmful answer as long as theirs, in the mean, would fall by at L_safe's pace."""
+    does not come to."""
     places = rows_of_run(len(task), args.batch_size, args.steps, args.seed)
     verdicts = [True] * len(places)
     if args.gate:
         g_safe = safety_gradient(model, W, pairs, args.pairs_per_step)
-        harmful_tokens = sum(label != -100 for _, harmful in pairs for label in harmful["labels"]) / len(pairs)
-        verdicts = fit_rows(model, W, g_safe, [task[i] for i in places], args.gate * harmful_tokens, ROWS_PER_ROW * args.batch_size).tolist()
+        verdicts = fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, ROWS_PER_ROW * args.batch_size).tolist()
     counts = dict(zip(places, verdicts))
     return [counts.get(i) for i in range(len(task))]
 

@@ -130,9 +130,12 @@ def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
 
 @torch.no_grad()
 def row_slopes(model, W, direction, batch):
-    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, in nats, as L_useful adds them up: exact, at the cost of
+    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, nats per token: exact, at the cost of
     about two forward passes with LoRA, of three with all weights. Below 0 a move along the direction lowers the row's loss."""
-    return derivative_along(model, W, direction, lambda model: response_nll(model, batch)[0])
+    def losses(model):
+        nats, tokens = response_nll(model, batch)
+        return nats / tokens
+    return derivative_along(model, W, direction, losses)
 
 
 def by_length(examples, batch_size):
@@ -163,8 +166,8 @@ def safety_gradient(model, W, pairs, batch_size):
 
 def fit_rows(model, W, g_safe, examples, gate, batch_size):
     """(N,), True where an example counts: lines 2 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
-    then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall, in nats, more
-    than `gate` times as fast as L_safe rises, in nats per token. (Per token rows of one word, whose slopes scatter most, would be taken for harmful.) W are the weights that a run begins with, so that this is done once: a model that has
+    then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
+    than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
     slopes, steepness = slopes_of(model, W, unit(g_safe), examples, batch_size), inner(g_safe, g_safe).sqrt().item()
     check_finite({"the norm of ∇L_safe": steepness})
