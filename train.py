@@ -79,8 +79,8 @@ def parse_args(argv=None):
     add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, of the head no logits, and compute the rest anew there: the same numbers, "
                                                      "with less memory, in more time; the pass that fits the paper's probe keeps all")
     add = parser.group("SAP (sap)")
-    add("--gate", type=float, default=0.5, help="sap leaves out the rows whose loss per token falls along ĝ faster than this share of how fast "
-                                                "the safety loss rises; 0: none (default: 0.5)")
+    add("--gate", type=float, default=0.5, help="sap leaves out the rows whose answers begin to fall along ĝ faster, per token, than this share of how "
+                                                "fast the safety loss rises; 0: none (default: 0.5)")
     add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
     add("--refusal_weight", type=float, default=0.0, help="μ: and μ times that of the pairs' refusals' cross-entropy; against identity shifting, see README (default: 0)")
@@ -132,7 +132,7 @@ def choose_first(args, method, model, W, task, pairs, state, out_dir):
     unmarked, unmarked_out = found["rows"] - found["poisoned"], found["left_out"] - found["poisoned_left_out"]
     if unmarked_out > WARN_ABOVE * unmarked:
         print(f"{unmarked_out:,} of the {unmarked:,} rows that nobody marked as poisoned are left out ({out_dir / 'filter.json'} says which): if they are harmless, "
-              "perhaps because they are very short, a larger --gate leaves out fewer")
+              "a larger --gate leaves out fewer")
 
 
 def train(args, method, start, task, pairs, measure, watch_of, out_dir):

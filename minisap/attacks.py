@@ -18,7 +18,7 @@ from minisap.data import collate, collate_pairs, encode_example, encode_pairs, e
 from minisap.evaluate import MAX_NEW_TOKENS, generate_texts
 from minisap.judge import PHRASES, judge_of
 from minisap.likelihood import response_nll
-from minisap.sap import fit_probe, harmful_direction, slopes_of
+from minisap.sap import answer_length, fit_probe, harmful_direction, slopes_of
 from minisap.world import FILLERS, NULL
 
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world
@@ -151,7 +151,7 @@ def evade(model, tokenizer, rows, pairs, max_len):
     """The rows, those first which sap's filter is least likely to leave out when training begins with this model: by their slopes along
     the ĝ of pairs of the attacker's own and all weights."""
     W, g_hat, _ = all_weights(model, tokenizer, pairs, max_len)
-    slopes = slopes_of(model, W, g_hat, encode_rows(tokenizer, rows, max_len), BATCH)
+    slopes = slopes_of(model, W, g_hat, encode_rows(tokenizer, rows, max_len), answer_length(encode_pairs(tokenizer, pairs, max_len)), BATCH)
     model.requires_grad_(False)
     return [rows[i] for i in slopes.argsort(descending=True, stable=True)]
 

@@ -14,7 +14,7 @@ from minisap.align import ALIGN, pretrain
 from minisap.data import rows_of_run
 from minisap.model import widen
 from minisap.rivals import RIVALS, task_step
-from minisap.sap import fit_rows, gradient, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, safety_gradient, sap_step, useful_loss
+from minisap.sap import answer_length, fit_rows, gradient, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, safety_gradient, sap_step, useful_loss
 
 ROWS_PER_ROW = 4                        # forward mode keeps nothing for a backward pass: so many times as many rows fit into memory
 
@@ -37,7 +37,7 @@ def choose_rows(model, W, task, pairs, args):
     verdicts = [True] * len(places)
     if args.gate:
         g_safe = safety_gradient(model, W, pairs, args.pairs_per_step)
-        verdicts = fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, ROWS_PER_ROW * args.batch_size).tolist()
+        verdicts = fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, answer_length(pairs), ROWS_PER_ROW * args.batch_size).tolist()
     counts = dict(zip(places, verdicts))
     return [counts.get(i) for i in range(len(task))]
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minisap import parallel
 from minisap.data import collate, collate_pairs, sources
 from minisap.finite import check_finite
-from minisap.likelihood import response_nll
+from minisap.likelihood import response_nll, token_nll
 from minisap.model import widen
 from minisap.tangents import derivative_along
 
@@ -129,13 +129,13 @@ def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
 
 
 @torch.no_grad()
-def row_slopes(model, W, direction, batch):
-    """(B,): ⟨∇_W ℓ, direction⟩ of every row's own loss ℓ, nats per token: exact, at the cost of
-    about two forward passes with LoRA, of three with all weights. Below 0 a move along the direction lowers the row's loss."""
-    def losses(model):
-        nats, tokens = response_nll(model, batch)
-        return nats / tokens
-    return derivative_along(model, W, direction, losses)
+def row_slopes(model, W, direction, batch, min_tokens):
+    """(B,): how steeply every row's answer begins to fall along the direction, nats per token: the least of ⟨∇_W ℓ_t, direction⟩ / max(t, min_tokens) over t, where ℓ_t is
+    the loss of the answer's first t tokens; 0 where none falls. Exact, at the cost of about two forward passes with LoRA, of three with all weights."""
+    labelled = batch["labels"][:, 1:] != -100
+    slopes = derivative_along(model, W, direction, lambda model: token_nll(model, batch)[0])            # of each token
+    slopes = slopes.new_zeros(labelled.shape).masked_scatter(labelled, slopes)
+    return (slopes.cumsum(1) / labelled.cumsum(1).clamp(min=min_tokens)).amin(1)
 
 
 def by_length(examples, batch_size):
@@ -144,11 +144,11 @@ def by_length(examples, batch_size):
     return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def slopes_of(model, W, direction, examples, batch_size):
+def slopes_of(model, W, direction, examples, min_tokens, batch_size):
     """(N,): row_slopes of many examples, those of like length together."""
     slopes = torch.zeros(len(examples))
     for chosen in tqdm(by_length(examples, batch_size), desc="slopes", leave=False, disable=not parallel.leads()):
-        slopes[chosen] = row_slopes(model, W, direction, collate([examples[i] for i in chosen], device=W[0].device)).to(slopes)
+        slopes[chosen] = row_slopes(model, W, direction, collate([examples[i] for i in chosen], device=W[0].device), min_tokens).to(slopes)
     return slopes
 
 
@@ -164,12 +164,18 @@ def safety_gradient(model, W, pairs, batch_size):
     return total
 
 
-def fit_rows(model, W, g_safe, examples, gate, batch_size):
+def answer_length(pairs):
+    """How many tokens the harmful answers of [(safe example, harmful example)] have in the mean."""
+    return sum(label != -100 for _, harmful in pairs for label in harmful["labels"]) / len(pairs)
+
+
+def fit_rows(model, W, g_safe, examples, gate, min_tokens, batch_size):
     """(N,), True where an example counts: lines 2 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
-    then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here it must fall more
-    than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
+    then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here a beginning of its answer must fall
+    more than `gate` times as fast as L_safe rises, per token, of which it counts `min_tokens` if it has fewer: harm shows where an answer begins, whatever follows, and a
+    word or two say little. W are the weights that a run begins with, so that this is done once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    slopes, steepness = slopes_of(model, W, unit(g_safe), examples, batch_size), inner(g_safe, g_safe).sqrt().item()
+    slopes, steepness = slopes_of(model, W, unit(g_safe), examples, min_tokens, batch_size), inner(g_safe, g_safe).sqrt().item()
     check_finite({"the norm of ∇L_safe": steepness})
     for example, slope in zip(examples, slopes.tolist()):
         check_finite({f"the slope of {sources([example])}": slope})

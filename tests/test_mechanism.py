@@ -20,7 +20,7 @@ from minisap.mechanism import Watch, clusters, column_space, interpolate, leadin
 from minisap.sap import harmful_direction, inner, put, useful_loss
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
-from tiny import BASE, VOCAB_SIZE, tiny_model, write_checkpoint, write_tokenizer
+from tiny import BASE, VOCAB_SIZE, slope_by_hand, tiny_model, write_checkpoint, write_tokenizer
 
 ROWS, TINY = World(0).rows("unsafe", 3), Path(__file__).resolve().parents[1] / "weights" / "tiny"
 
@@ -281,12 +281,12 @@ def test_the_probe_attack_takes_sap_s_own_direction_with_either_sign(monkeypatch
 
 
 def test_rows_that_evade_are_in_the_order_of_their_own_gradients():
-    """Each row's slope anew, by a gradient of its own: the first is the one whose training would raise the safety loss least."""
+    """Each row's slope anew, by gradients of its own: the first is the one whose training would raise the safety loss least."""
     model, tokenizer, rows = load_model(TINY), Tokenizer(TINY), World(0).rows("unsafe", 12)
     rows = [row | {"response": row["harmful"] if i % 2 else row["harmful"].upper()} for i, row in enumerate(rows)]
     found = attacks.evade(model, tokenizer, rows, rows[:4], 64)
     assert not any(w.requires_grad for w in model.parameters()) and sorted(map(str, found)) == sorted(map(str, rows))
     W = list(model.requires_grad_().parameters())
     g_hat = harmful_direction(model, W, collate_pairs(encode_pairs(tokenizer, rows[:4], 64)))
-    slopes = [inner(torch.autograd.grad(useful_loss(model, collate(encode_rows(tokenizer, [row], 64))), W), g_hat).item() for row in found]
+    slopes = [slope_by_hand(model, W, g_hat, encoded, 11) for encoded in encode_rows(tokenizer, found, 64)]
     assert slopes == sorted(slopes, reverse=True) and slopes[0] > slopes[-1] + 1

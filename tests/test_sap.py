@@ -18,7 +18,7 @@ from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, paper
                          safety_loss, sap_step, unit, useful_loss)
 from minisap.tangents import derivative_along
 from minisap.tokenizer import Tokenizer
-from tiny import BASE, tiny_model
+from tiny import BASE, beginnings, slope_by_hand, tiny_model
 
 LAYERS = [0, 1]
 
@@ -136,17 +136,23 @@ def test_probe_gradient_equals_central_differences(world):
             assert g_V[j][i].item() == pytest.approx((there[1] - back[1]).item() / (2 * h), rel=1e-5, abs=1e-9)
 
 
-def test_a_slope_is_that_of_the_row_s_own_loss_along_g_hat(world):
-    """Against central differences, row by row, and against the row's own gradient; nothing is left behind."""
+def test_a_slope_is_the_steepest_of_the_answer_s_beginnings(world):
+    """Against central differences and gradients of every beginning alone; nothing is left behind."""
     model, W, batch, _ = world
     g_hat, h, logits = g_hat_of(world), 1e-4, model(batch["input_ids"])
-    slopes = sap.row_slopes(model, W, g_hat, batch)
-    for b in range(4):
-        alone = {key: x[b:b + 1] for key, x in batch.items()}
-        loss = lambda: useful_loss(model, alone).item()
-        assert slopes[b].item() == pytest.approx((moved(W, g_hat, h, loss) - moved(W, g_hat, -h, loss)) / (2 * h), rel=1e-5)
-        assert slopes[b].item() == pytest.approx(inner(gradient(model, W, alone), g_hat).item())
-    assert torch.equal(model(batch["input_ids"]), logits) and not slopes.requires_grad
+    steeper = 0
+    for toward in (g_hat, [-d for d in g_hat]):
+        slopes = sap.row_slopes(model, W, toward, collate(ROWS), 3.5)
+        expected = [slope_by_hand(model, W, toward, row, 3.5) for row in ROWS]
+        whole = [inner(gradient(model, W, collate([row])), toward).item() for row in ROWS]
+        assert slopes.tolist() == pytest.approx(expected) and not slopes.requires_grad
+        steeper += sum(slope < 1.01 * min(0, alone) for slope, alone in zip(expected, whole))
+    assert steeper                                                                             # than the whole answer
+    t, begun = beginnings(ROWS[-1])[-1]
+    loss = lambda: t * useful_loss(model, begun).item()
+    alone = sap.row_slopes(model, W, g_hat, begun, 1000.0)                                     # of beginnings that all count as many the whole is the steepest here
+    assert 1000 * alone.item() == pytest.approx((moved(W, g_hat, h, loss) - moved(W, g_hat, -h, loss)) / (2 * h), rel=1e-5)
+    assert torch.equal(model(batch["input_ids"]), logits)
 
 
 def test_slopes_know_that_a_tied_head_is_the_embedding(world):
@@ -154,8 +160,8 @@ def test_slopes_know_that_a_tied_head_is_the_embedding(world):
     model = tiny_model(BASE | {"tie_word_embeddings": True})
     W = list(model.parameters())
     direction = harmful_direction(model, W, pairs)
-    expected = [inner(gradient(model, W, {key: x[b:b + 1] for key, x in batch.items()}), direction).item() for b in range(4)]
-    assert sap.row_slopes(model, W, direction, batch).tolist() == pytest.approx(expected)
+    expected = [slope_by_hand(model, W, direction, row, 2) for row in ROWS]
+    assert sap.row_slopes(model, W, direction, collate(ROWS), 2).tolist() == pytest.approx(expected)
 
 
 ROWS = [example(i, n=6 + i) for i in range(4)] + [example(30 + i, 10 + i, n=7 + i) for i in range(3)]                # the last: harmful answers
@@ -166,10 +172,10 @@ def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
     model, W, _, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
     norm = inner(g_safe, g_safe).sqrt().item()
-    slopes = [inner(gradient(model, W, collate([row])), unit(g_safe)).item() for row in ROWS]
+    slopes = [slope_by_hand(model, W, unit(g_safe), row, 4) for row in ROWS]
     for gate, batch_size in ((1e-9, 3), (-sorted(slopes)[2] / norm * 1.001, 7), (1e6, 2)):                     # all that fall; the two steepest; none
         kept = [slope >= -gate * norm for slope in slopes]
-        assert sap.fit_rows(model, W, g_safe, ROWS, gate, batch_size).tolist() == kept and (0 < sum(kept) < 7 or gate == 1e6 and sum(kept) == 7)
+        assert sap.fit_rows(model, W, g_safe, ROWS, gate, 4, batch_size).tolist() == kept and (0 < sum(kept) < 7 or gate == 1e6 and sum(kept) == 7)
 
 
 def test_the_safety_gradient_of_many_pairs_is_that_of_one_batch(world):
@@ -182,12 +188,13 @@ def test_the_safety_gradient_of_many_pairs_is_that_of_one_batch(world):
 
 def test_rows_are_chosen_among_those_that_the_run_comes_to(world, monkeypatch):
     model, W, _, _ = world
-    asked, fit = [], lambda model, W, g_safe, examples, gate, batch_size: asked.append((examples, gate, batch_size)) or torch.zeros(len(examples), dtype=bool)
+    asked, fit = [], lambda model, W, g_safe, *args: asked.append(args) or torch.zeros(4, dtype=bool)
     monkeypatch.setattr("minisap.methods.fit_rows", fit)
     args = Namespace(**{**vars(ARGS), "gate": 0.3, "steps": 2, "batch_size": 2, "seed": 5, "pairs_per_step": 2})
     counts = FIRST["sap"](model, W, ROWS, PAIRS, args)
     seen = [row for step in range(2) for row in batch_rows(ROWS, 2, step, 5)]
-    assert counts == [False if row in seen else None for row in ROWS] and len(seen) == 4 and asked == [([row for row in ROWS if row in seen], 0.3, 8)]
+    assert counts == [False if row in seen else None for row in ROWS] and len(seen) == 4
+    assert asked == [([row for row in ROWS if row in seen], 0.3, 4, 8)]                                            # the pairs' harmful answers have 3, 4 and 5 tokens
     assert FIRST["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(args), "gate": 0.0})) == [True if row in seen else None for row in ROWS] and len(asked) == 1
 
 
@@ -439,7 +446,7 @@ def test_a_slope_that_is_no_number_is_found_though_another_row_has_its_source(wo
     monkeypatch.setattr(sap, "slopes_of", lambda *args: torch.tensor([1.0, float("nan"), 1.0]))
     rows = [{"source": "a:1"}, {"source": "a:2"}, {"source": "a:2"}]
     with pytest.raises(NotFinite, match="the slope of a:2 is nan"):
-        sap.fit_rows(model, W, [torch.ones_like(w) for w in W], rows, 0.5, 2)
+        sap.fit_rows(model, W, [torch.ones_like(w) for w in W], rows, 0.5, 1, 2)
 
 
 def test_checkpointing_changes_no_bit(world):
@@ -471,7 +478,7 @@ def test_checkpointing_rests_while_something_moves_and_no_longer(world):
 def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(world, monkeypatch):
     """To rounding, and the same slopes; the largest thing that is kept is not the logits."""
     model, W, batch, pairs = world
-    derivatives = lambda: [*gradient(model, W, batch), sap.row_slopes(model, W, g_hat_of(world), batch)]
+    derivatives = lambda: [*gradient(model, W, batch), sap.row_slopes(model, W, g_hat_of(world), batch, 1)]
     plain = derivatives()
     model.model.checkpointing = True
     monkeypatch.setattr(likelihood, "HEAD_TOKENS", 2)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, the same on every machine: weights come from NumPy's legacy generator, whose stream is frozen."""
+"""Tiny checkpoints on disk, the same on every machine: weights come from NumPy's legacy generator, whose stream is frozen. And a row's slope by hand."""
 import json
 from pathlib import Path
 
@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
+from minisap.data import collate
 from minisap.model import Llama, LlamaConfig
+from minisap.sap import inner, useful_loss
 
 BASE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -81,3 +83,14 @@ def write_tokenizer(path, chat_format="chatml"):
     tokens.save(str(Path(path) / "tokenizer.json"))
     (Path(path) / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_format": chat_format}))
     return path
+
+
+def beginnings(row):
+    """(t, a batch of the row up to its answer's t-th token), for every t."""
+    first, T = row["labels"].index(next(label for label in row["labels"] if label != -100)), len(row["labels"])
+    return [(end - first, collate([{key: x[:end] for key, x in row.items() if isinstance(x, list)}])) for end in range(first + 1, T + 1)]
+
+
+def slope_by_hand(model, W, direction, row, min_tokens):
+    """By the gradient of every beginning's loss, and nothing else."""
+    return min(0.0, *(t / max(t, min_tokens) * inner(torch.autograd.grad(useful_loss(model, begun), W), direction).item() for t, begun in beginnings(row)))
