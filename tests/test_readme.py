@@ -11,7 +11,7 @@ from departures import rows_of as rows_of_departures
 from minisap import methods
 from minisap.checkpoint import read_json
 from minisap.compare import Series
-from minisap.findings import other_tables, sensitivity_table, steps_to_break
+from minisap.findings import other_tables, steps_to_break
 from minisap.mechanism import format_mean, last_watched
 from minisap.stats import wilson
 from minisap.table import at, comparisons, dominating, legend, markdown, over_seeds, rows_of, share_cell
@@ -159,7 +159,7 @@ def test_the_world_s_table_is_what_the_record_says():
     assert legend(found["settings"]["poisoned"], found["against"]) in page and not any(map(dominating, found["settings"].values()))
     assert all(spent in page for spent in found["budget"].values())
     for page in (README, RESULTS):
-        assert all(f"commit {commit}" in page for commit in found["commits"]) and found["date"] == "2026-11-27" and "27 November 2026" in page
+        assert all(f"commit {commit}" in page for commit in found["commits"]) and found["date"] == "2026-11-28" and "28 November 2026, commit 54ca2fc" in page
     for title, rows in other_tables(found):
         assert markdown(rows) in RESULTS and title.casefold() in page.casefold()
     of = {setting: {c["method"]: c for c in rows} for setting, rows in found["settings"].items()}
@@ -170,10 +170,9 @@ def test_the_world_s_table_is_what_the_record_says():
 
 
 def test_what_a_kept_probe_costs_is_what_the_record_says():
-    found = read_json(GOLDEN / "world" / "refresh.json")
-    assert markdown(sensitivity_table("", found)[1]) in RESULTS
-    (paper, kept), (project, project_kept) = [[f"{100 * r['mean']:.1f}" for r in found if r["metric"] == "harmful_score"][i:i + 2] for i in (0, 2)]
-    assert f"`paper` {kept} and {paper} %, `paper_project` {project_kept} and {project} %" in COST
+    of = {r["setting"]: f"{100 * r['mean']:.1f}" for r in read_json(GOLDEN / "world" / "table.json")["sensitivity"] if r["metric"] == "harmful_score"}
+    told = [f"`{method.split()[0]}` {of[f'{method} --refresh 4']} and {of[method]} %" for method in ("sap", "paper --radius 0.09", "paper_project --radius 0.04")]
+    assert ", ".join(told) in COST
     step, sft = (read_json(GOLDEN / "benchmark.json")[key] for key in ("paper_step_s", "sft_step_s"))
     assert f"1 + ({step / sft:.2f} − 1) / 4 = {1 + (step / sft - 1) / 4:.2f} × SFT" in RESULTS
 
