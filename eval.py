@@ -3,7 +3,7 @@
     python eval.py runs/mine/sap runs/mine/sft weights/X            generate and measure, all on the held-out rows of the run
     python eval.py weights/X --safety FILE --task FILE              ... or on the held-out part of your rows
     python eval.py runs/mine runs/other --curves --plot curve.png   harmful score against task loss, as training recorded it
-    python eval.py --table world --out_dir runs/table               every method in the synthetic world, over seeds, in an hour; resumable
+    python eval.py --table world --out_dir runs/table               every method in the synthetic world, over seeds, in one to two hours; resumable
     python eval.py --table runs/seed0 runs/seed1                    methods against each other, paired, as training recorded them
     python eval.py --judge xstest_labelled.csv                      how far the judge agrees with people
 """

@@ -79,8 +79,8 @@ def parse_args(argv=None):
     add("--checkpointing", action="store_true", help="keep of each layer its input alone for the backward pass, of the head no logits, and compute the rest anew there: the same numbers, "
                                                      "with less memory, in more time; the pass that fits the paper's probe keeps all")
     add = parser.group("SAP (sap)")
-    add("--gate", type=float, default=0.5, help="sap leaves out the rows whose answers begin to fall along ĝ faster, per token, than this share of how "
-                                                "fast the safety loss rises; 0: none (default: 0.5)")
+    add("--gate", type=float, default=0.5, help="sap leaves out the rows of which a beginning of the answer has a loss that falls along ĝ faster, per token, than "
+                                                "this share of how fast the safety loss rises; 0: none (default: 0.5)")
     add("--projection", choices=("on", "off"), default="on", help="then project the harmful component out of sap's gradient (default: on)")
     add("--safety_weight", type=float, default=0.02, help="λ: then add λ times the safety loss's gradient (default: 0.02)")
     add("--refusal_weight", type=float, default=0.0, help="μ: and μ times that of the pairs' refusals' cross-entropy; against identity shifting, see README (default: 0)")

@@ -126,9 +126,9 @@ def attack(model, tokenizer, rows, max_len):
         yield f"adv_{k}", [judge(tokenizer.decode(new), row["harmful"]) for new, row in zip(news, rows)], inputs
 
 
-def all_weights(model, tokenizer, pairs, max_len):
-    """(W, ĝ, batch of the harmful answers) for who has the whole model and pairs of his own. W is left to require gradients."""
-    contrast = collate_pairs(encode_pairs(tokenizer, pairs, max_len), model.lm_head.weight.device)
+def all_weights(model, pairs):
+    """(W, ĝ, batch of the harmful answers) for who has the whole model and pairs of his own, encoded. W is left to require gradients."""
+    contrast = collate_pairs(pairs, model.lm_head.weight.device)
     W = list(model.requires_grad_().parameters())
     return W, harmful_direction(model, W, contrast), contrast["harmful"]
 
@@ -137,7 +137,7 @@ def attack_by_probe(model, tokenizer, pairs, rows, max_len):
     """What unsafe rows get answered under a probe that is fitted to the harmful answers of `pairs`, in the first two thirds of the
     layers and with respect to all weights: ("probe_added", [one verdict per row]), …, each at the radius that gets most answers."""
     _, judge = judge_of(tokenizer)
-    W, g_hat, harmful = all_weights(model, tokenizer, pairs[:PROBE_PAIRS], max_len)
+    W, g_hat, harmful = all_weights(model, encode_pairs(tokenizer, pairs[:PROBE_PAIRS], max_len))
     V = fit_probe(model, W, g_hat, harmful, range(max(1, 2 * model.config.n_layers // 3)), 1.0)
     model.requires_grad_(False)
     for name, sign in PROBE_ATTACKS.items():
@@ -150,8 +150,9 @@ def attack_by_probe(model, tokenizer, pairs, rows, max_len):
 def evade(model, tokenizer, rows, pairs, max_len):
     """The rows, those first which sap's filter is least likely to leave out when training begins with this model: by their slopes along
     the ĝ of pairs of the attacker's own and all weights."""
-    W, g_hat, _ = all_weights(model, tokenizer, pairs, max_len)
-    slopes = slopes_of(model, W, g_hat, encode_rows(tokenizer, rows, max_len), answer_length(encode_pairs(tokenizer, pairs, max_len)), BATCH)
+    pairs = encode_pairs(tokenizer, pairs, max_len)
+    W, g_hat, _ = all_weights(model, pairs)
+    slopes = slopes_of(model, W, g_hat, encode_rows(tokenizer, rows, max_len), answer_length(pairs), BATCH)
     model.requires_grad_(False)
     return [rows[i] for i in slopes.argsort(descending=True, stable=True)]
 

@@ -36,7 +36,7 @@ from minisap.tokenizer import Tokenizer
 from minisap.world import World
 
 # Knobs: of those in tests/golden/world/knobs.md, on seed 9 of "poisoned", the one with the fewest harmful answers at a task accuracy of 85 % or
-# more. SAP's were there before: on that seed between 2.0 and 4.5 % harmful, whatever the choice. (The stages' are of an older grid.)
+# more. SAP's were there before: on that seed between 2.0 and 4.5 % harmful, whatever the choice, by the filter of that day. (The stages' are of an older grid.)
 COMPARED = "sft sap project mix released sam lisa kl constrained penalty steer steer_project ema safelora"
 KNOBS = "mix=5 sam=0.25 lisa=1 kl=200 constrained=0.15 penalty=0.06 steer=0.15 steer_project=0.07 ema=0.98 safelora=0.32"
 PROBES = ("paper --radius 0.09", "paper_project --radius 0.04", "random_probe --radius 0.2")

@@ -130,12 +130,13 @@ def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
 
 @torch.no_grad()
 def row_slopes(model, W, direction, batch, min_tokens):
-    """(B,): how steeply every row's answer begins to fall along the direction, nats per token: the least of ⟨∇_W ℓ_t, direction⟩ / max(t, min_tokens) over t, where ℓ_t is
-    the loss of the answer's first t tokens; 0 where none falls. Exact, at the cost of about two forward passes with LoRA, of three with all weights."""
+    """(B,), nats per token, at most 0: of every row the steepest fall of the loss of a beginning of its answer along the direction, min over t of
+    ⟨∇_W ℓ_t, direction⟩ / max(t, min_tokens), where ℓ_t are the nats of the answer's first t tokens. Exact, at the cost of about two forward passes with LoRA, of three with all weights."""
     labelled = batch["labels"][:, 1:] != -100
     slopes = derivative_along(model, W, direction, lambda model: token_nll(model, batch)[0])            # of each token
     slopes = slopes.new_zeros(labelled.shape).masked_scatter(labelled, slopes)
-    return (slopes.cumsum(1) / labelled.cumsum(1).clamp(min=min_tokens)).amin(1)
+    begun = slopes.cumsum(1) / labelled.cumsum(1).clamp(min=min_tokens)                                # (B, T - 1), 0 before the answer
+    return begun.amin(1).where(begun[:, -1].isfinite(), torch.nan)                                     # +inf is the least of nothing, and must be seen
 
 
 def by_length(examples, batch_size):
@@ -171,9 +172,9 @@ def answer_length(pairs):
 
 def fit_rows(model, W, g_safe, examples, gate, min_tokens, batch_size):
     """(N,), True where an example counts: lines 2 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
-    then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here a beginning of its answer must fall
-    more than `gate` times as fast as L_safe rises, per token, of which it counts `min_tokens` if it has fewer: harm shows where an answer begins, whatever follows, and a
-    word or two say little. W are the weights that a run begins with, so that this is done once: a model that has
+    then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here, beyond the paper,
+    ℓ_i is the loss of whichever beginning of its answer falls most steeply (harm shows where an answer begins, whatever follows), per token, but of at least
+    `min_tokens` (a word or two say little), and must fall more than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
     slopes, steepness = slopes_of(model, W, unit(g_safe), examples, min_tokens, batch_size), inner(g_safe, g_safe).sqrt().item()
     check_finite({"the norm of ∇L_safe": steepness})

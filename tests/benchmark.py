@@ -93,7 +93,7 @@ def ours_filter(args):
     g_hat = harmful_direction(model, W, contrast(0))
 
     def step(i):
-        slopes_of(model, W, g_hat, [row for j in range(ROWS_PER_ROW) for row in examples(i + j)], 1, ROWS_PER_ROW * args.batch_size)
+        slopes_of(model, W, g_hat, [row for j in range(ROWS_PER_ROW) for row in examples(i + j)], min_tokens=1, batch_size=ROWS_PER_ROW * args.batch_size)
     return step
 
 

@@ -123,7 +123,7 @@ def test_the_model_calls_the_tangents_by_hand(model, monkeypatch):
     for name in ("frozen_linear", "causal_attention", "cross_entropy"):
         monkeypatch.setattr(tangents, name, lambda *args, name=name, function=getattr(tangents, name): calls.append(name) or function(*args))
     W = add_lora(model, r=1)
-    row_slopes(model, W, [torch.ones_like(w) for w in W], BATCH, 1)
+    row_slopes(model, W, [torch.ones_like(w) for w in W], BATCH, min_tokens=1)
     assert calls == ["causal_attention", *["frozen_linear"] * 4, *[*["frozen_linear"] * 3, "causal_attention", *["frozen_linear"] * 4] * 2, "frozen_linear", "cross_entropy"]
 
 
@@ -136,7 +136,7 @@ def test_a_slope_costs_two_forward_passes_and_the_probe_its_way_back_from_it(mod
     lora = 3 * 2 * tokens * r * (4 * D - D // 2)                        # of each layer: each of q's and v's two products, itself and with either factor's tangent
     heads = 6 * 2 * B * T * T * D                                       # likewise: q k, P v; q̇ k, q k̇; Ṗ v, P v̇
     slope = 2 * (linear_flops(config, tokens) + head_flops(config, ROWS)) - inputs + config.n_layers * (lora + heads)
-    assert counted(lambda: row_slopes(model, W, direction, BATCH, 1)) == slope
+    assert counted(lambda: row_slopes(model, W, direction, BATCH, min_tokens=1)) == slope
     # The probe's gradient takes the way back of x and of ẋ, too, down to the lowest probed layer, and none through a weight.
     probe = {lowest: counted(lambda: probe_gradient(model, W, direction, BATCH, list(range(lowest, config.n_layers)))) for lowest in (1, 2)}
     assert probe[2] == slope + 2 * head_flops(config, ROWS)

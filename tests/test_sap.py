@@ -156,7 +156,7 @@ def test_a_slope_is_the_steepest_of_the_answer_s_beginnings(world):
 
 
 def test_slopes_know_that_a_tied_head_is_the_embedding(world):
-    _, _, batch, pairs = world
+    _, _, _, pairs = world
     model = tiny_model(BASE | {"tie_word_embeddings": True})
     W = list(model.parameters())
     direction = harmful_direction(model, W, pairs)
@@ -164,11 +164,22 @@ def test_slopes_know_that_a_tied_head_is_the_embedding(world):
     assert sap.row_slopes(model, W, direction, collate(ROWS), 2).tolist() == pytest.approx(expected)
 
 
+def test_a_token_whose_slope_is_no_number_leaves_its_row_with_none(world, monkeypatch):
+    """Though the least of a row's beginnings ends before it."""
+    model, W, batch, _ = world
+    n = int((batch["labels"][:, 1:] != -100).sum())
+    for place in (0, n - 1):
+        for value in (float("inf"), -float("inf"), float("nan")):
+            monkeypatch.setattr(sap, "derivative_along", lambda *args: -torch.ones(n, dtype=torch.float64).index_fill(0, torch.tensor(place), -value))
+            slopes = sap.row_slopes(model, W, W, batch, min_tokens=1)
+            assert slopes.isfinite().tolist() == [b != (0 if place == 0 else len(slopes) - 1) for b in range(len(slopes))]
+
+
 ROWS = [example(i, n=6 + i) for i in range(4)] + [example(30 + i, 10 + i, n=7 + i) for i in range(3)]                # the last: harmful answers
 
 
 def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
-    """By the gradient of each row alone, however many are asked at a time."""
+    """By the gradients of each row's beginnings alone, however many are asked at a time."""
     model, W, _, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
     norm = inner(g_safe, g_safe).sqrt().item()
@@ -478,7 +489,7 @@ def test_checkpointing_rests_while_something_moves_and_no_longer(world):
 def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(world, monkeypatch):
     """To rounding, and the same slopes; the largest thing that is kept is not the logits."""
     model, W, batch, pairs = world
-    derivatives = lambda: [*gradient(model, W, batch), sap.row_slopes(model, W, g_hat_of(world), batch, 1)]
+    derivatives = lambda: [*gradient(model, W, batch), sap.row_slopes(model, W, g_hat_of(world), batch, min_tokens=1)]
     plain = derivatives()
     model.model.checkpointing = True
     monkeypatch.setattr(likelihood, "HEAD_TOKENS", 2)
