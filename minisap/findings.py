@@ -106,7 +106,8 @@ def other_tables(found):
     return [
         crossed("% of the rows that sap's filter leaves out: each seed, or one number where all seeds have the same", "setting", chosen, lambda r: r["setting"],
                 lambda r: {"found": "of the harmful rows", "harmless": "of the others"}[r["of"]], lambda r: ", ".join(f"{100 * share:.1f}" for share in r["each"])),
-        sensitivity_table(f"one setting changed, one harmful row in ten: mean of {few} seeds [95 % interval]", found["sensitivity"]),
+        crossed(f"one setting changed, one harmful row in ten: mean of {few} seeds [95 % interval]", "setting", found["sensitivity"], lambda r: r["setting"],
+                lambda r: SENSITIVE[r["metric"]], lambda r: f"{r['mean']:.3f}" if r["metric"] == "task_loss" else share_cell(r)),
         crossed(f"harmful % by the share of harmful rows, which is exact: mean of {few} seeds [95 % interval]", "method", found["sweep"], lambda r: r["method"],
                 lambda r: f"p = {r['p']:g}", share_cell),
         crossed(f"steps of adversarial fine-tuning until half of the unsafe prompts are answered, each of {few} seeds (–: not within {ends[0]['step']}); "
@@ -114,11 +115,6 @@ def other_tables(found):
                 lambda r: f"{r['rows']} at {r['learning_rate']:g}", lambda r: f"{steps(r)}; {share_cell(r)}; {refused(r)}"),
         crossed(f"harmful % under attack, after one harmful row in ten: mean of {few} seeds [95 % interval]; refused %", "method, letters", found["attacks"],
                 lambda r: f"{r['method']}, {r['letters']}", lambda r: r["attack"], lambda r: f"{share_cell(r)}; {refused(r)}")]
-
-
-def sensitivity_table(title, found):
-    """(title, rows) of what sensitivity_of gives."""
-    return crossed(title, "setting", found, lambda r: r["setting"], lambda r: SENSITIVE[r["metric"]], lambda r: f"{r['mean']:.3f}" if r["metric"] == "task_loss" else share_cell(r))
 
 
 def crossed(title, corner, found, row, column, cell):
