@@ -59,6 +59,17 @@ def real_table():
     return markdown([*rows, [f"`{PAPER}`", cell(remade, over(remade)), "", "", ""]])
 
 
+def first_table():
+    """README's first: SFT and sap, with harmful rows and without, beside the start that they share."""
+    told = lambda one: f"{100 * one['harmful_score']:.1f} % [{100 * one['ci_low']:.1f}, {100 * one['ci_high']:.1f}] | {fmean(one['task_loss']):.3f}"
+    of = {unit: {c["method"]: told(c) for c in real_comparisons(unit)} for unit in ("p0.125", "p0")}
+    start = read_json(GOLDEN / "smollm2" / "p0-seed1" / "start.json")
+    harmful, loss = (at(start, metric, 0) for metric in ("harmful_score", "task_loss"))
+    return [f"| the safety-tuned start | {100 * harmful['value']:.1f} % [{100 * harmful['ci_low']:.1f}, {100 * harmful['ci_high']:.1f}] | {loss['value']:.3f} |",
+            f"| plain fine-tuning (SFT), one row in eight harmful | {of['p0.125']['sft']} |", f"| **SAP**, the same rows | {of['p0.125']['sap']} |",
+            f"| SFT, no row harmful | {of['p0']['sft']} |", f"| **SAP**, the same rows | {of['p0']['sap']} |"]
+
+
 def real_details(unit):
     """results.md's. Of identity shifting nothing was measured on the way, so that nothing can be said at equal task loss."""
     rows = rows_of(real_comparisons(unit), "sap")
@@ -107,6 +118,7 @@ def test_the_real_model_s_tables_are_what_the_records_say():
     told = f"{100 * fmean(matched['matched']):.1f} against {100 * fmean(matched['matched_against']):.1f} %"
     assert matched["safer_matched"]["verdict"] == "better" and f"without harmful rows it is safer than SAP at equal task loss, too ({told})" in README
     assert markdown([row[:-1] for row in rows_of(paper_comparisons(), "sft")]) in RESULTS and radius_table() in RESULTS
+    assert "\n".join(first_table()) in README
     assert real_table() in README.replace("**`sap`**", "`sap`") and budget_table() in RESULTS
 
 
@@ -164,7 +176,7 @@ def test_the_world_s_table_is_what_the_record_says():
         assert markdown(rows) in RESULTS and title.casefold() in page.casefold()
     of = {setting: {c["method"]: c for c in rows} for setting, rows in found["settings"].items()}
     told = [method for method in of["poisoned"] if f"| `{method}` | " in README.replace("**", "")]
-    assert len(told) > 9
+    assert len(told) == 12
     for method in told:
         assert f"| `{method}` | {' | '.join(cell(of[setting].get(method)) for setting in of)} |\n" in README.replace("**", "")
 
