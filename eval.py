@@ -20,7 +20,7 @@ from minisap.mechanism import print_watched
 from minisap.methods import READ_BY
 from minisap.resume import read_run_args
 from minisap.script import (Parser, add_machine_flags, add_row_flags, check_given, check_minimum, check_outputs, find_model, load_tokenizer,
-                            parse_given, pyplot, run, use_device)
+                            parse_given, pyplot, run, save_figure, use_device)
 from minisap.table import budget, comparisons, over_seeds, print_comparisons, write_table
 from minisap.table_figures import draw_laboratory, draw_plane
 
@@ -64,7 +64,7 @@ def run_file(path):
     return path.resolve().parent / "train_args.json"
 
 
-def choose_rows(args):
+def settings_of_runs(args):
     """The settings for all checkpoints: the command's, else those of the run that they belong to, else the defaults. Returns
     {train_args.json: what it holds} of these runs."""
     files = [run_file(path) for path in args.paths if run_file(path).exists()]
@@ -99,9 +99,8 @@ def check_held_out(file, run, splits, rows, named):
             raise ValueError(f"{count} of the {len(splits[key])} rows to measure on are among those that the run of {file} may have learnt; it held out {run['n_eval']} of each file")
 
 
-def measure(args, path, splits, safe_prompts):
+def measure(args, path, tokenizer, splits, safe_prompts):
     """Records of one checkpoint."""
-    tokenizer = load_tokenizer(path, args.chat_format)
     model = load_model(path, DTYPES[args.dtype], args.device).requires_grad_(False)
     found = evaluate(model, tokenizer, splits["eval_unsafe"], safe_prompts, splits["eval_task"], args.max_len)
     method = path.resolve().name if run_file(path).exists() else ""
@@ -238,9 +237,7 @@ def plot_curves(curves, file):
     axes.set(xlabel="task loss on held-out rows, nats per token (useful: to the left)",
              ylabel="harmful score, % (safe: below)")
     axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    print(f"written: {file}")
+    save_figure(figure, file)
 
 
 def main(argv=None):
@@ -268,16 +265,19 @@ def main(argv=None):
             plot_curves(curves, args.plot)
     else:
         args.paths = [find_model("path", path) for path in args.paths]
-        runs = choose_rows(args)
+        runs = settings_of_runs(args)
         use_device(args)
-        rows = built_in(load_tokenizer(args.paths[0], args.chat_format), args.new_format, args.task)
+        tokenizers = [load_tokenizer(path, args.chat_format) for path in args.paths]
+        if len({tokenizer.world_seed for tokenizer in tokenizers}) > 1:
+            raise ValueError("these checkpoints are not of one world, and so not of one set of built-in rows; measure them apart")
+        rows = built_in(tokenizers[0], args.new_format, args.task)
         splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows)
         safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows)
         for file, run_args in runs.items():
             check_held_out(file, run_args, splits, rows, args.named)
-        for path in args.paths if args.attack else ():
-            check_room(load_tokenizer(path, args.chat_format), splits["eval_unsafe"], args.max_len)
-        records = [r for path in args.paths for r in measure(args, path, splits, safe_prompts)]
+        for tokenizer in tokenizers if args.attack else ():
+            check_room(tokenizer, splits["eval_unsafe"], args.max_len)
+        records = [r for path, tokenizer in zip(args.paths, tokenizers) for r in measure(args, path, tokenizer, splits, safe_prompts)]
         print_records([r for r in records if not r["metric"].endswith(ATTACKS)])
         print_attacks(records)
     if args.out:

@@ -22,7 +22,7 @@ from minisap.layers import gradients, linear_probes, precision, recommend
 from minisap.observations import check_all, print_checks, records_of
 from minisap.resume import occupied
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, check_given, check_minimum, check_outputs, find_before,
-                            find_model, load_tokenizer, parse_given, pyplot, run, use_device)
+                            find_model, load_tokenizer, parse_given, pyplot, run, save_figure, use_device)
 from minisap.study import run_study
 from minisap.world import World
 
@@ -31,7 +31,9 @@ IN_OUT_DIR = Path(".")                                                      # --
 # What every look makes use of.
 PARTS = {"before": {"model", "before", "attack", "out_dir", "plot", "safety", "benign", "pairs", "n_eval", "max_len", "chat_format",
                     "dtype", "device", "threads"},
-        "study": {"study", "seeds", "out_dir", "plot", "n_eval", "threads"}}
+        "study": {"study", "seeds", "out_dir", "plot", "n_eval", "threads"},
+        "precision": {"precision", "model", "out", "task", "safety", "pairs", "n_eval", "max_len", "chat_format", "new_format", "batch_size", "pairs_per_step",
+                      "safe_answers", "lora_targets", "radius", "seed", "device", "threads"}}
 
 
 def parse_args(argv=None):
@@ -86,9 +88,7 @@ def plot_layers(rows, file):
         axis.set_ylabel(label, fontsize=8)
         axis.axhline({"auroc": 0.5}.get(key, 0), color="grey", linewidth=0.5)
     axes[-1].set(xlabel="layer", xticks=[row["layer"] for row in rows][::max(1, len(rows) // 10)])
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    print(f"written: {file}")
+    save_figure(figure, file)
 
 
 def compare(args, splits, tokenizer):
@@ -117,8 +117,7 @@ def compare(args, splits, tokenizer):
 
 def write_pictures(args, records):
     if args.plot:
-        for file in draw_all(records, args.out_dir):
-            print(f"written: {file}")
+        draw_all(records, args.out_dir)
 
 
 def study(args):
@@ -188,7 +187,7 @@ def main(argv=None):
         rows = look_inside(args, model, splits, tokenizer)
     if args.out:
         write_json(args.out, rows)
-    if args.plot and not args.precision:
+    if args.plot:
         plot_layers(rows, args.plot)
 
 

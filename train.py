@@ -32,10 +32,10 @@ from minisap.finite import NotFinite, check_finite
 from minisap.lora import merge_lora
 from minisap.mechanism import Watch, print_watched
 from minisap.memory import check_memory
-from minisap.methods import FIRST, METHODS, PAIRLESS, filtered, own_mistakes
+from minisap.methods import FILTERS, METHODS, PAIRLESS, filter_report, own_mistakes
 from minisap.optimize import learning_rate_at, trainable, update
 from minisap.resume import check_out_dir, claim_out_dir, load_state, save_state
-from minisap.rivals import AFTER, STRENGTH
+from minisap.rivals import ENDINGS, STRENGTH
 from minisap.sap import copies, put
 from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, find_before, find_model, load_tokenizer,
                             of_world, parse_layers, run, use_device)
@@ -103,11 +103,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def choose_safe_answers(args, model, tokenizer, pairs):
-    """Leave the contrastive pairs as every method will use them in OUT_DIR/pairs.json."""
-    file = args.out_dir / "pairs.json"
-    if not file.exists():
-        write_json(file, with_own_refusals(model, tokenizer, pairs) if args.safe_answers == "own" else pairs)
+def look_at_start(args, start, tokenizer, pairs, measure):
+    """Leave in OUT_DIR the start's measures, start.json, and, where there are pairs, these as every method will use them, pairs.json; what is there stays."""
+    start_file, pairs_file = args.out_dir / "start.json", args.out_dir / "pairs.json"
+    if start_file.exists() and (pairs_file.exists() or not pairs):
+        return
+    model = load_model(start, DTYPES[args.dtype], args.device)
+    if not start_file.exists():
+        write_json(start_file, measure(model, "start", 0))
+    if pairs and not pairs_file.exists():
+        write_json(pairs_file, with_own_refusals(model, tokenizer, pairs) if args.safe_answers == "own" else pairs)
 
 
 def reset_peak(args):
@@ -115,16 +120,16 @@ def reset_peak(args):
         torch.cuda.reset_peak_memory_stats(args.device)
 
 
-def choose_first(args, method, model, W, task, pairs, state, out_dir):
-    """state["counts"]: which examples the method will train on; what that came to is left in filter.json, and told."""
+def filter_rows(args, method, model, W, task, pairs, state, out_dir):
+    """state["kept"]: which examples the method will train on; what that came to is left in filter.json, and told."""
     began = time.perf_counter()
     try:
         with parallel.together(), own_mistakes(method):
-            state["counts"] = FIRST[method](model, W, task, pairs, args)
+            state["kept"] = FILTERS[method](model, W, task, pairs, args)
     except NotFinite as error:
         raise NotFinite(f"{method}, before the first step: {error}") from None
     state["seconds"] = time.perf_counter() - began
-    found = filtered(task, state["counts"])
+    found = filter_report(task, state["kept"])
     if parallel.leads():
         write_json(out_dir / "filter.json", found)
     of_poisoned = f", {found['poisoned_left_out']:,} of the {found['poisoned']:,} poisoned" if found["poisoned"] else ""
@@ -143,20 +148,20 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
-    if method in FIRST and not state["step"]:                           # W are the start's
-        choose_first(args, method, model, W, task, pairs, state, out_dir)
-    counts, due = state.get("counts", [True] * len(task)), 0.0
+    if method in FILTERS and not state["step"]:                           # W are the start's
+        filter_rows(args, method, model, W, task, pairs, state, out_dir)
+    kept, due = state.get("kept", [True] * len(task)), 0.0
     with open(out_dir / "log.jsonl" if parallel.leads() else os.devnull, "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method, disable=not parallel.leads()):
             began = time.perf_counter()
             places = batch_rows(range(len(task)), args.batch_size, step, args.seed)
-            rows, step_pairs = [task[i] for i in places if counts[i]], batch_rows(pairs, args.pairs_per_step, step, args.seed)
+            rows, step_pairs = [task[i] for i in places if kept[i]], batch_rows(pairs, args.pairs_per_step, step, args.seed)
             batch, contrast = step_batches(rows, step_pairs, args.device)
             with parallel.together(), own_mistakes(method):
                 grads, log = METHODS[method](model, W, batch, contrast, args, state)
             looks = watch and (step % args.watch_every == 0 or step + 1 == args.steps)
             W_before = copies(W) if looks else None
-            log |= {"left_out": args.batch_size - len(rows)} if method in FIRST else {}
+            log |= {"left_out": args.batch_size - len(rows)} if method in FILTERS else {}
             try:
                 check_finite(log)
                 log |= {"step": step, "norm": update(optimizer, W, grads, args.clip, learning_rate_at(step, args))}
@@ -167,33 +172,34 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 if looks:
                     log |= watch(model, W, W_before, collate([task[i] for i in places], device=args.device), contrast)
                     check_finite(log)
-                    reset_peak(args)                                    # what watching took for a moment is not the method's
+                    reset_peak(args)                                    # what watching, or measuring, took for a moment is not the method's
             except NotFinite as error:
                 raise NotFinite(f"{method}, step {step}: {error}; its rows: {sources(rows) or 'none'}; its pairs: {sources(safe for safe, _ in step_pairs)}. What was "
                                 "saved before stays; a smaller --learning_rate, --radius or --safety_weight, or a wider --dtype, may help") from None
             log_file.write(json.dumps(log) + "\n")
             if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps and parallel.leads():
-                kept = end(args, method, model, W, state)
+                W_trained = apply_ending(args, method, model, W, state)
                 records += measure(model, method, step + 1)
-                put(W, kept)
+                put(W, W_trained)
+                reset_peak(args)
             if (step + 1) % args.save_every == 0 and time.perf_counter() >= due or step + 1 == args.steps:
                 log_file.flush()
                 due = save_state(out_dir, W, optimizer, state, records)
     return finish(args, method, model, W, state, records, measure, start, out_dir) if parallel.leads() else []
 
 
-def end(args, method, model, W, state):
+def apply_ending(args, method, model, W, state):
     """What a method does to W when its training is done. Returns W as it was, where it changes."""
-    kept = copies(W) if method in AFTER else []
-    if method in AFTER:
+    W_trained = copies(W) if method in ENDINGS else []
+    if method in ENDINGS:
         before = args.before and load_model(args.before, torch.float32, args.device)
-        AFTER[method](model, W, args, state, before)
-    return kept
+        ENDINGS[method](model, W, args, state, before)
+    return W_trained
 
 
 def finish(args, method, model, W, state, records, measure, start, out_dir):
     """Save the adapter, merge it, measure what is left (the very weights that are written), and save that."""
-    end(args, method, model, W, state)
+    apply_ending(args, method, model, W, state)
     if args.lora_rank:
         save_adapter(model, out_dir / "adapter", start)
         merge_lora(model)
@@ -260,17 +266,13 @@ def fine_tune(args, start, tokenizer, splits, safe_prompts, task):
         before = args.before and load_model(args.before, torch.float32, args.device)
         return Watch(model, W, tokenizer, splits["eval_unsafe"], safe_prompts, args.max_len, before)
 
-    model, paired = load_model(start, DTYPES[args.dtype], args.device), bool(set(args.method) - set(PAIRLESS))
+    paired = bool(set(args.method) - set(PAIRLESS))
     with claim_out_dir(args) if parallel.leads() else nullcontext():
-        start_file = args.out_dir / "start.json"
-        if parallel.leads() and not start_file.exists():
-            write_json(start_file, measure(model, "start", 0))
-        if parallel.leads() and paired:
-            choose_safe_answers(args, model, tokenizer, splits["pairs"])
+        if parallel.leads():
+            look_at_start(args, start, tokenizer, splits["pairs"] if paired else [], measure)
         parallel.wait()
-        del model
         pairs = encode_pairs(tokenizer, load_safety_rows(args.out_dir / "pairs.json") if paired else splits["pairs"], args.max_len)
-        records = read_measured(start_file)
+        records = read_measured(args.out_dir / "start.json")
         for method in args.method:
             out_dir = args.out_dir / method
             done = out_dir / "eval.json"

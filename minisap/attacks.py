@@ -18,7 +18,7 @@ from minisap.data import collate, collate_pairs, encode_example, encode_pairs, e
 from minisap.evaluate import MAX_NEW_TOKENS, generate_texts
 from minisap.judge import PHRASES, judge_of
 from minisap.likelihood import response_nll
-from minisap.sap import answer_length, fit_probe, harmful_direction, slopes_of
+from minisap.sap import fit_probe, harmful_direction, mean_harmful_tokens, slopes_of
 from minisap.world import FILLERS, NULL
 
 FILLER = " !"                                                               # what a place for the suffix holds, outside of the world
@@ -126,19 +126,13 @@ def attack(model, tokenizer, rows, max_len):
         yield f"adv_{k}", [judge(tokenizer.decode(new), row["harmful"]) for new, row in zip(news, rows)], inputs
 
 
-def all_weights(model, pairs):
-    """(W, ĝ, batch of the harmful answers) for who has the whole model and pairs of his own, encoded. W is left to require gradients."""
-    contrast = collate_pairs(pairs, model.lm_head.weight.device)
-    W = list(model.requires_grad_().parameters())
-    return W, harmful_direction(model, W, contrast), contrast["harmful"]
-
-
 def attack_by_probe(model, tokenizer, pairs, rows, max_len):
     """What unsafe rows get answered under a probe that is fitted to the harmful answers of `pairs`, in the first two thirds of the
     layers and with respect to all weights: ("probe_added", [one verdict per row]), …, each at the radius that gets most answers."""
     _, judge = judge_of(tokenizer)
-    W, g_hat, harmful = all_weights(model, encode_pairs(tokenizer, pairs[:PROBE_PAIRS], max_len))
-    V = fit_probe(model, W, g_hat, harmful, range(max(1, 2 * model.config.n_layers // 3)), 1.0)
+    contrast = collate_pairs(encode_pairs(tokenizer, pairs[:PROBE_PAIRS], max_len), model.lm_head.weight.device)
+    W = list(model.requires_grad_().parameters())
+    V = fit_probe(model, W, harmful_direction(model, W, contrast), contrast["harmful"], range(max(1, 2 * model.config.n_layers // 3)), 1.0)
     model.requires_grad_(False)
     for name, sign in PROBE_ATTACKS.items():
         tried = [[judge(text, row["harmful"]) for text, row in zip(generate_texts(
@@ -151,8 +145,9 @@ def evade(model, tokenizer, rows, pairs, max_len):
     """The rows, those first which sap's filter is least likely to leave out when training begins with this model: by their slopes along
     the ĝ of pairs of the attacker's own and all weights."""
     pairs = encode_pairs(tokenizer, pairs, max_len)
-    W, g_hat, _ = all_weights(model, pairs)
-    slopes = slopes_of(model, W, g_hat, encode_rows(tokenizer, rows, max_len), answer_length(pairs), BATCH)
+    W = list(model.requires_grad_().parameters())
+    g_hat = harmful_direction(model, W, collate_pairs(pairs, model.lm_head.weight.device))
+    slopes = slopes_of(model, W, g_hat, encode_rows(tokenizer, rows, max_len), mean_harmful_tokens(pairs), BATCH)
     model.requires_grad_(False)
     return [rows[i] for i in slopes.argsort(descending=True, stable=True)]
 

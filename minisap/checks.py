@@ -2,13 +2,13 @@
 from minisap import parallel
 from minisap.align import ALIGN
 from minisap.methods import PAIRLESS, READ_BY
-from minisap.rivals import BEFORE, UNSPLIT, parse_strength
+from minisap.rivals import STAGES, UNSPLIT, parse_strength
 from minisap.script import check_minimum
 
 
 def aligns(args):
     """Whether a method is among them that takes the task's answers for good ones, which poison would spoil."""
-    return bool(set(args.method) & {*ALIGN, *BEFORE, "pretrain"})
+    return bool(set(args.method) & {*ALIGN, *STAGES, "pretrain"})
 
 
 def check_args(args, defaults):
@@ -33,6 +33,9 @@ def check_args(args, defaults):
     whole = sorted(set(args.method) & set(UNSPLIT))
     if whole and not parallel.alone():
         raise ValueError(f"{whole[0]} looks at more than the losses of rows, and is not split over processes: run it without torchrun")
+    for flag, idle, reader in (("lora_targets", not args.lora_rank, "--lora_rank"), ("lora_alpha", not args.lora_rank, "--lora_rank"), ("watch_every", not args.watch, "--watch")):
+        if idle and getattr(args, flag) != getattr(defaults, flag):
+            raise ValueError(f"--{flag}: has no part without {reader}")
     if args.lora_rank and not args.lora_alpha:
         raise ValueError("--lora_alpha 0: LoRA would have no effect")
     needy = [method for method in args.method if method not in PAIRLESS] + ["--poison"] * (args.poison > 0)

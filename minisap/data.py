@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,9 @@ def read_records(path, conversations=False):
 
 
 def read_jsonl(path, text):
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text.strip() else (), 1):
-        yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
 
 
 def read_csv(path, text):
@@ -195,11 +197,16 @@ def poison_rows(rows, safety_rows, p, seed):
     return rows
 
 
+@lru_cache(maxsize=4)
+def epoch_order(n, seed, epoch):
+    """In which order an epoch comes to n rows."""
+    return np.random.default_rng([seed, 0, epoch]).permutation(n)
+
+
 def batch_rows(rows, batch_size, step, seed):
     """The rows of one step: the stream of all rows, shuffled anew in each epoch, cut into batches."""
-    places = [divmod(i, len(rows)) for i in range(step * batch_size, (step + 1) * batch_size)]         # (epoch, place)
-    orders = {epoch: np.random.default_rng([seed, 0, epoch]).permutation(len(rows)) for epoch in dict(places)}
-    return [rows[orders[epoch][place]] for epoch, place in places]
+    places = (divmod(i, len(rows)) for i in range(step * batch_size, (step + 1) * batch_size))         # (epoch, place)
+    return [rows[epoch_order(len(rows), seed, epoch)[place]] for epoch, place in places]
 
 
 def rows_of_run(n, batch_size, steps, seed):
@@ -250,11 +257,6 @@ def sources(examples):
 def encode_pairs(tokenizer, rows, max_len):
     """[(safe example, harmful example)] of the same prompts."""
     return list(zip(*(encode_rows(tokenizer, rows, max_len, key) for key in ("safe", "harmful"))))
-
-
-def contrast_batch(pairs, n, step, seed, device) -> dict:
-    """A step's n pairs, as collate_pairs has them."""
-    return collate_pairs(batch_rows(pairs, n, step, seed), device)
 
 
 def step_batches(rows, pairs, device="cpu"):

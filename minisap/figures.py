@@ -1,7 +1,7 @@
 """Pictures of the records of compare.py and study.py: one per observation, means over seeds, every seed as a faint line or dot."""
 from minisap.attacks import ATTACK_TOKENS, LONGEST_SUFFIX
 from minisap.compare import ALPHAS, VERDICTS, Series, means
-from minisap.script import pyplot
+from minisap.script import pyplot, save_figure
 
 COLOURS = {"comply": "tab:red", "refuse": "tab:green", "other": "lightgrey"}
 
@@ -156,14 +156,8 @@ FIGURES = {
 
 
 def draw_all(records, folder):
-    """One PNG per observation that the records hold. Returns the files."""
-    series, files = Series(records), []
+    """One PNG per observation that the records hold."""
+    series = Series(records)
     for name, (needed, draw) in FIGURES.items():
-        if not series.protocols(*needed):
-            continue
-        figure = draw(series)
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=100)
-        pyplot().close(figure)
-        files.append(folder / f"{name}.png")
-    return files
+        if series.protocols(*needed):
+            save_figure(draw(series), folder / f"{name}.png")

@@ -5,7 +5,7 @@ from minisap.checkpoint import read_json, read_object
 from minisap.evaluate import print_table, read_measured
 from minisap.laboratory import FEW, run_cells, told
 from minisap.resume import read_run_args
-from minisap.table import at, budget, comparisons, last_step, over_seeds, print_comparisons, share_cell, write_table
+from minisap.table import at, budget, comparisons, last, over_seeds, print_comparisons, share_cell, write_table
 
 SENSITIVE = {"harmful_score": "harmful %", "refusal_rate": "refused %", "over_refusal": "over-refusal %", "task_accuracy": "task accuracy %", "task_loss": "task loss"}
 
@@ -26,10 +26,6 @@ def runs_of(folder, setting, seeds):
             for method, records in records_of(folder, f"{name}/seed{seed}").items():
                 found.setdefault(label or method, {})[seed] = records
     return {method: found[method] for method in (*methods.split(), *filter(None, names.values()))}
-
-
-def last(records, metric):
-    return at(records, metric, last_step(records))
 
 
 def sweep_of(folder, seeds):

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from minisap.checkpoint import DTYPES, load_model
-from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows
+from minisap.data import batch_rows, collate, collate_pairs, encode_pairs, encode_prompt, encode_rows
 from minisap.lora import add_lora, lora_layers
-from minisap.sap import fit_probe, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
+from minisap.sap import fit_probe, gradient, harmful_direction, inner, median_norm, probe_gradient, unit, useful_loss
 from minisap.stats import auroc, wilson
 
 
@@ -68,9 +68,9 @@ def gradients(args, model, splits, tokenizer):
     layers, measured = range(model.config.n_layers), []
     for step in range(args.batches):
         batch = collate(batch_rows(rows, args.batch_size, step, args.seed), device=args.device)
-        contrast = contrast_batch(pairs, args.pairs_per_step, step, args.seed, args.device)
+        contrast = collate_pairs(batch_rows(pairs, args.pairs_per_step, step, args.seed), args.device)
         g_hat, hidden = harmful_direction(model, W, contrast), []
-        g_W = torch.autograd.grad(useful_loss(model, batch), W)
+        g_W = gradient(useful_loss(model, batch), W)
         d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
         of = lambda tensors, j: unit([t for t, p in zip(tensors, place) if p == j])
         task = [inner(of(g_W, j), of(g_hat, j)).item() for j in layers]
@@ -90,7 +90,7 @@ def recommend(effects):
 
 def turn(model, W, batch, V):
     """How far a probe turns the task's gradient, ∇_W L_useful(W, V) − ∇_W L_useful(W, 0): one vector, float64."""
-    there, here = (torch.autograd.grad(useful_loss(model, batch, v), W) for v in (V, None))
+    there, here = (gradient(useful_loss(model, batch, v), W) for v in (V, None))
     return torch.cat([(a.double() - b.double()).flatten() for a, b in zip(there, here)])
 
 
@@ -99,7 +99,7 @@ def precision(args, splits, tokenizer):
     exact in float64}], and in each dtype the turn of the gradient by the float64 probe: is a small one lost in rounding?"""
     batch = collate(encode_rows(tokenizer, splits["task"][:args.batch_size], args.max_len), device=args.device)
     pairs = encode_pairs(tokenizer, splits["pairs"], args.max_len)
-    contrast = contrast_batch(pairs, args.pairs_per_step, 0, args.seed, args.device)
+    contrast = collate_pairs(batch_rows(pairs, args.pairs_per_step, 0, args.seed), args.device)
     reference, rows = {}, []
     for name in ("float64", "float32", "bfloat16"):
         model = load_model(args.model, DTYPES[name], args.device)

@@ -17,7 +17,7 @@ from minisap import parallel
 from minisap.checkpoint import DTYPES
 from minisap.data import batch_rows, rows_of_run, step_batches
 from minisap.finite import NotFinite
-from minisap.methods import FIRST, METHODS, ROWS_PER_ROW, own_mistakes
+from minisap.methods import FILTERS, METHODS, FORWARD_BATCHES, own_mistakes
 from minisap.model import Llama, distinct_prefixes
 from minisap.optimize import trainable, update
 from minisap.rivals import LISA_PERIOD
@@ -105,7 +105,7 @@ def largest_batches(args, config, task, pairs):
     """(rows, pairs, rows before the first step): of what a run computes at once, the largest; of what its steps do, the first epoch's."""
     epoch = lambda examples, size: (batch_rows(examples, size, step, args.seed) for step in range(min(args.steps, 1 + len(examples) // size)))
     asked = [task[i] for i in rows_of_run(len(task), args.batch_size, args.steps, args.seed)]
-    first = ([asked[i] for i in places] for places in by_length(asked, ROWS_PER_ROW * args.batch_size))
+    first = ([asked[i] for i in places] for places in by_length(asked, FORWARD_BATCHES * args.batch_size))
     return largest(epoch(task, args.batch_size), config), largest(epoch(pairs, args.pairs_per_step), config), largest(first, config)
 
 
@@ -115,10 +115,10 @@ def peaks_of(args, method, config, rows, pairs, first_rows):
         model = random_model(config, DTYPES[args.dtype], args.device)
         W, model.model.checkpointing = trainable(model, args), args.checkpointing
         counted.peak = counted.live
-        options = Namespace(**vars(args) | {"layers": list(range(config.n_layers)), "steps": ROWS_PER_ROW})      # in which all the first rows come
-        if method in FIRST:
+        options = Namespace(**vars(args) | {"layers": list(range(config.n_layers)), "steps": FORWARD_BATCHES})      # a run that comes to all of first_rows
+        if method in FILTERS:
             with suppress(NotFinite):                                                       # random weights may give no number
-                FIRST[method](model, W, first_rows, pairs, options)
+                FILTERS[method](model, W, first_rows, pairs, options)
             counted.mark()
         optimizer, state = torch.optim.AdamW(W), {}
         update(optimizer, W, [torch.zeros_like(w) for w in W], args.clip, 0.0)              # makes the optimizer's moments
@@ -156,7 +156,7 @@ def free_memory(device):
 def check_memory(args, methods, config, n_weights, task, pairs):
     """Print what that of the methods takes which takes most; ValueError where that cannot fit. Of runs so small that this is out of the question nothing is said."""
     free = parallel.least(free_memory(args.device), args.device)
-    longest = sorted(task, key=lambda example: len(example["input_ids"]))[-ROWS_PER_ROW * args.batch_size:]
+    longest = sorted(task, key=lambda example: len(example["input_ids"]))[-FORWARD_BATCHES * args.batch_size:]
     if SMALL * 4 * (n_weights + room(longest, config, apart=True)) < free:
         return
     batches = largest_batches(args, config, task, pairs)

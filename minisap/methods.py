@@ -3,7 +3,7 @@
 batch   the task's examples;  contrast: answers to the same unsafe prompts, safe and harmful, see collate_pairs in data.py
 args    gate, projection, safety_weight, refusal_weight, refresh, layers, radius, epsilon, seed, steps, strength: see train.py --help
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
-A method may choose its rows before the first step (FIRST, below), and change W after the last (AFTER, in rivals.py).
+A method may choose its rows before the first step (FILTERS, below), and change W after the last (ENDINGS, in rivals.py).
 """
 from contextlib import contextmanager
 
@@ -14,9 +14,10 @@ from minisap.align import ALIGN, pretrain
 from minisap.data import rows_of_run
 from minisap.model import widen
 from minisap.rivals import RIVALS, task_step
-from minisap.sap import answer_length, fit_rows, gradient, harmful_direction, median_norm, paper_step, probe_gradient_by_difference, safety_gradient, sap_step, useful_loss
+from minisap.sap import (fit_rows, gradient, harmful_direction, mean_harmful_tokens, median_norm, paper_step, probe_gradient_by_difference,
+                         safety_gradient, sap_step, useful_loss)
 
-ROWS_PER_ROW = 4                        # forward mode keeps nothing for a backward pass: so many times as many rows fit into memory
+FORWARD_BATCHES = 4                     # the filter asks the rows of so many batches at a time: forward mode keeps nothing for a backward pass
 
 
 def sft(model, W, batch, contrast, args, state):
@@ -31,21 +32,21 @@ def sap(model, W, batch, contrast, args, state):
 
 
 def choose_rows(model, W, task, pairs, args):
-    """What sap does before its first step: for each of the task's examples, whether it counts, by all of the contrastive pairs; None for those that the run
-    does not come to."""
+    """What sap does before its first step: for each of the task's examples, whether it is kept, by all of the contrastive pairs; None for those that the
+    run does not come to."""
     places = rows_of_run(len(task), args.batch_size, args.steps, args.seed)
-    verdicts = [True] * len(places)
+    kept = [True] * len(places)
     if args.gate:
         g_safe = safety_gradient(model, W, pairs, args.pairs_per_step)
-        verdicts = fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, answer_length(pairs), ROWS_PER_ROW * args.batch_size).tolist()
-    counts = dict(zip(places, verdicts))
-    return [counts.get(i) for i in range(len(task))]
+        kept = fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, mean_harmful_tokens(pairs), FORWARD_BATCHES * args.batch_size).tolist()
+    of_place = dict(zip(places, kept))
+    return [of_place.get(i) for i in range(len(task))]
 
 
-def filtered(task, counts):
-    """What a choice of rows came to, as numbers of rows, and the sources of those that it leaves out; of rows that say so themselves, it is known whether they are poisoned."""
-    asked = [(example, counted) for example, counted in zip(task, counts) if counted is not None]
-    out = [example for example, counted in asked if not counted]
+def filter_report(task, kept):
+    """What choose_rows came to, as numbers of rows, and the sources of those that it leaves out; of rows that say so themselves, it is known whether they are poisoned."""
+    asked = [(example, one) for example, one in zip(task, kept) if one is not None]
+    out = [example for example, one in asked if not one]
     return {"rows": len(asked), "left_out": len(out), "poisoned": sum(example["poisoned"] for example, _ in asked),
             "poisoned_left_out": sum(example["poisoned"] for example in out), "sources_left_out": [example["source"] for example in out]}
 
@@ -63,7 +64,7 @@ def paper_project(model, W, batch, contrast, args, state):
 
 def project(model, W, batch, contrast, args, state):
     """The projection alone: gradient surgery against the safety gradient (as PCGrad, arXiv 2001.06782, one-sided)."""
-    return sap_step(model, W, batch, contrast, state)
+    return sap_step(model, W, batch, contrast, state, projection=True)
 
 
 def random_probe(model, W, batch, contrast, args, state):
@@ -105,7 +106,7 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
 
 READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refusal_weight": ("sap",), "refresh": ("sap", "paper", "paper_project"), "epsilon": ("paper", "paper_project"),
            "radius": ("paper", "paper_project", "random_probe"), "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project")}
-FIRST = {"sap": choose_rows}                                                                  # before the first step, by the start's weights
+FILTERS = {"sap": choose_rows}                                                                # before the first step, by the start's weights
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
 METHODS = {"sft": sft, "sap": sap, "paper": paper, "paper_project": paper_project, "project": project, "random_probe": random_probe, "released": released,
            **RIVALS, **ALIGN, "pretrain": pretrain}

@@ -15,7 +15,7 @@ from minisap.tokenizer import FORMATS
 LOCK = ".lock"
 # What eval.py takes over from train_args.json, and the types that stand there.
 TYPES = {"task": (list, type(None)), "safety": (str, type(None)), "benign": (str, type(None)), "pairs": (int,), "n_eval": (int,), "max_len": (int,), "chat_format": (str,),
-         "dtype": (str,), "seed": (int,), "steps": (int,), "batch_size": (int,), "pairs_per_step": (int,)}
+         "dtype": (str,), "seed": (int,), "steps": (int,), "batch_size": (int,), "pairs_per_step": (int,), "poison": (float, int)}
 CHOICES = {"chat_format": FORMATS, "dtype": DTYPES}
 
 
@@ -85,6 +85,11 @@ def claim_out_dir(args):
     return lock
 
 
+def save_whole(whole, file):
+    with open(file, "wb") as opened:                                    # given a path, torch.save calls a full disk a RuntimeError
+        torch.save(whole, opened)
+
+
 def save_state(out_dir, W, optimizer, state, records):
     """Returns when the next one is due, by time.perf_counter(): saving is to take no more than a twentieth of the time."""
     began = time.perf_counter()
@@ -92,7 +97,7 @@ def save_state(out_dir, W, optimizer, state, records):
         return began
     whole = {"W": [w.detach() for w in W], "optimizer": optimizer.state_dict(), "state": state, "records": records}
     (out_dir / "state").mkdir(exist_ok=True)
-    write_whole(out_dir / "state" / "state.pt", lambda part: torch.save(whole, part))
+    write_whole(out_dir / "state" / "state.pt", lambda part: save_whole(whole, part))
     now = time.perf_counter()
     return now + 19 * (now - began)
 

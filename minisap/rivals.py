@@ -3,11 +3,10 @@ All see the same contrastive rows. Each has one knob, args.strength[method]; at 
 to rounding; steer_project: project; lisa: SFT but for every tenth step).
 
 In place of fine-tuning   mix, sam, lisa, kl, constrained, penalty, steer, steer_project
-Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows
-After it                  ema, safelora: SFT, whose weights are changed when it is done (AFTER)
+Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows (STAGES)
+After it                  ema, safelora: SFT, whose weights are changed when it is done (ENDINGS)
 """
 import re
-from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
@@ -113,20 +112,24 @@ def penalty(model, W, batch, contrast, args, state):
 def steer(model, W, batch, contrast, args, state):
     """Preventative steering (arXiv 2507.21509): a constant probe along mean hidden state of harmful − of safe answers, by the start
     model and the first step's pairs, with norms like SAP's; the knob is its radius."""
-    if "V" not in state:
-        with torch.no_grad():
-            harmful, safe = (mean_states(model, contrast[key], args.layers) for key in ("harmful", "safe"))
-        state["V"] = {j: args.strength["steer"] * harmful[j][1] * unit([harmful[j][0] - safe[j][0]])[0] for j in args.layers}
-    loss = useful_loss(model, batch, state["V"] if args.strength["steer"] else None)
-    return gradient(loss, W), {"loss": loss.item()}
+    return steered(model, W, batch, contrast, args.layers, args.strength["steer"], state)
 
 
 def steer_project(model, W, batch, contrast, args, state):
     """Control: steer with its own knob, and SAP's projection after it. Is a fitted probe better than a constant one?"""
-    alike = Namespace(layers=args.layers, strength={"steer": args.strength["steer_project"]})
-    g_W, log = steer(model, W, batch, contrast, alike, state)
+    g_W, log = steered(model, W, batch, contrast, args.layers, args.strength["steer_project"], state)
     g_hat = harmful_direction(model, W, contrast)
     return project_out_harm(g_W, g_hat), log | {"conflict": inner(g_W, g_hat).item()}
+
+
+def steered(model, W, batch, contrast, layers, radius, state):
+    """(gradient, log) under the constant probe of this radius."""
+    if "V" not in state:
+        with torch.no_grad():
+            harmful, safe = (mean_states(model, contrast[key], layers) for key in ("harmful", "safe"))
+        state["V"] = {j: radius * harmful[j][1] * unit([harmful[j][0] - safe[j][0]])[0] for j in layers}
+    loss = useful_loss(model, batch, state["V"] if radius else None)
+    return gradient(loss, W), {"loss": loss.item()}
 
 
 def mean_states(model, batch, layers):
@@ -216,7 +219,7 @@ def changes(model, W, W_start):
 
 # Each process would compute all of these: what they look at is not the loss of rows.
 UNSPLIT = ("kl", "steer", "steer_project", "vaccine")
-BEFORE = {"vaccine": vaccine, "booster": booster}
-AFTER = {"ema": end_ema, "safelora": end_safelora}
-RIVALS = {"mix": mix, "sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, "steer_project": steer_project, **BEFORE,
+STAGES = {"vaccine": vaccine, "booster": booster}
+ENDINGS = {"ema": end_ema, "safelora": end_safelora}
+RIVALS = {"mix": mix, "sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, "steer_project": steer_project, **STAGES,
           "ema": ema, "safelora": safelora}

@@ -130,13 +130,14 @@ def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
 
 @torch.no_grad()
 def row_slopes(model, W, direction, batch, min_tokens):
-    """(B,), nats per token, at most 0: of every row the steepest fall of the loss of a beginning of its answer along the direction, min over t of
-    ⟨∇_W ℓ_t, direction⟩ / max(t, min_tokens), where ℓ_t are the nats of the answer's first t tokens. Exact, at the cost of about two forward passes with LoRA, of three with all weights."""
+    """(B,), nats per token: how steeply the loss of each row's answer falls along the direction, at the steepest of its beginnings, or 0 where none falls:
+    min over t of ⟨∇_W ℓ_t, direction⟩ / max(t, min_tokens), where ℓ_t are the nats of the answer's first t tokens. Exact, at the cost of about two forward
+    passes with LoRA, of three with all weights."""
     labelled = batch["labels"][:, 1:] != -100
     slopes = derivative_along(model, W, direction, lambda model: token_nll(model, batch)[0])            # of each token
     slopes = slopes.new_zeros(labelled.shape).masked_scatter(labelled, slopes)
-    begun = slopes.cumsum(1) / labelled.cumsum(1).clamp(min=min_tokens)                                # (B, T - 1), 0 before the answer
-    return begun.amin(1).where(begun[:, -1].isfinite(), torch.nan)                                     # +inf is the least of nothing, and must be seen
+    rates = slopes.cumsum(1) / labelled.cumsum(1).clamp(min=min_tokens)                                # (B, T - 1), of every beginning
+    return rates.amin(1).clamp(max=0).where(rates[:, -1].isfinite(), torch.nan)                        # amin passes over +inf: NaN, for slopes_of to see
 
 
 def by_length(examples, batch_size):
@@ -146,10 +147,12 @@ def by_length(examples, batch_size):
 
 
 def slopes_of(model, W, direction, examples, min_tokens, batch_size):
-    """(N,): row_slopes of many examples, those of like length together."""
+    """(N,): row_slopes of many examples, those of like length together; NotFinite names one without a number."""
     slopes = torch.zeros(len(examples))
     for chosen in tqdm(by_length(examples, batch_size), desc="slopes", leave=False, disable=not parallel.leads()):
         slopes[chosen] = row_slopes(model, W, direction, collate([examples[i] for i in chosen], device=W[0].device), min_tokens).to(slopes)
+    for example, slope in zip(examples, slopes.tolist()):
+        check_finite({f"the slope of {sources([example])}": slope})
     return slopes
 
 
@@ -165,21 +168,20 @@ def safety_gradient(model, W, pairs, batch_size):
     return total
 
 
-def answer_length(pairs):
-    """How many tokens the harmful answers of [(safe example, harmful example)] have in the mean."""
+def mean_harmful_tokens(pairs):
+    """How many tokens the harmful answers of [(safe example, harmful example)] have in the mean, their end included."""
     return sum(label != -100 for _, harmful in pairs for label in harmful["labels"]) / len(pairs)
 
 
 def fit_rows(model, W, g_safe, examples, gate, min_tokens, batch_size):
-    """(N,), True where an example counts: lines 2 to 5 for Σ_i V_i ℓ_i, in which V_i weighs row i's loss ℓ_i. L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩
-    then, and ascent under 0 ≤ V ≤ 1 ends at 0 for every row whose loss falls along ĝ, at 1 for the others. Here, beyond the paper,
-    ℓ_i is the loss of whichever beginning of its answer falls most steeply (harm shows where an answer begins, whatever follows), per token, but of at least
-    `min_tokens` (a word or two say little), and must fall more than `gate` times as fast as L_safe rises. W are the weights that a run begins with, so that this is done once: a model that has
+    """(N,) bool, True where a row is trained on: where no beginning of its answer falls along ĝ by more than gate · ‖∇L_safe‖, nats per token (row_slopes).
+    Lines 2 to 5 for Σ_i V_i ℓ_i, V_i the weight of row i's loss ℓ_i: L_su is Σ_i V_i ⟨∇_W ℓ_i, ĝ⟩ then, and ascent under 0 ≤ V ≤ 1 ends at 0 where that
+    slope is below 0, at 1 elsewhere. Beyond the paper: beginnings (harm shows where an answer begins, whatever follows), the threshold, and that a beginning
+    of fewer than min_tokens counts as so many (a word or two say little). W are the weights that a run begins with, and all is asked once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    slopes, steepness = slopes_of(model, W, unit(g_safe), examples, min_tokens, batch_size), inner(g_safe, g_safe).sqrt().item()
+    steepness = inner(g_safe, g_safe).sqrt().item()
     check_finite({"the norm of ∇L_safe": steepness})
-    for example, slope in zip(examples, slopes.tolist()):
-        check_finite({f"the slope of {sources([example])}": slope})
+    slopes = slopes_of(model, W, unit(g_safe), examples, min_tokens, batch_size)
     return slopes >= -gate * steepness
 
 
@@ -212,7 +214,7 @@ def paper_step(model, W, batch, contrast, state, layers, radius, epsilon=0.0, pr
     return project_out_harm(g_W, g_hat) if projection else g_W, log
 
 
-def sap_step(model, W, batch, contrast, state, projection=True, safety_weight=0.0, refusal_weight=0.0, refresh=1):
+def sap_step(model, W, batch, contrast, state, projection=False, safety_weight=0.0, refusal_weight=0.0, refresh=1):
     """(gradient, log) of one step with the probe on the rows: the batch holds those alone that count (fit_rows; train.py drops the others), maybe none. Then the projection, then
     the safety loss's own gradient, and that of the refusals' cross-entropy; without all of these SFT, bit for bit.
     state: {"step": the number of this one} and what is kept between steps.  refresh: ∇_W L_safe, and so ĝ, is that of the last step

@@ -116,6 +116,13 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def save_figure(figure, file):
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot().close(figure)
+    print(f"written: {file}")
+
+
 def check_outputs(args):
     """Whether --out and --plot can be written, before hours go into what they are to hold."""
     if args.plot and args.plot.suffix != ".png":

@@ -19,6 +19,11 @@ def last_step(records):
     return max(r["step"] for r in records)
 
 
+def last(records, metric):
+    """A metric's record after the last step."""
+    return at(records, metric, last_step(records))
+
+
 def over_seeds(records):
     """Of one record per seed {"mean", "ci_low", "ci_high": over seeds and rows, "each"}; of a single one its own interval, over rows."""
     values, (low, high) = [r["value"] for r in records], (sum(r[bound] for r in records) / len(records) for bound in ("ci_low", "ci_high"))
@@ -30,7 +35,7 @@ def over_seeds(records):
 
 def hits(runs, metric):
     """[[0 or 1 per prompt] per seed] after the last step; None where the metric was not measured."""
-    found = [at(records, metric, last_step(records)) for records in runs.values()]
+    found = [last(records, metric) for records in runs.values()]
     if None in found:
         return None
     if any("hits" not in r for r in found):
@@ -39,13 +44,13 @@ def hits(runs, metric):
 
 
 def losses(runs):
-    return [at(records, "task_loss", last_step(records))["value"] for records in runs.values()]
+    return [last(records, "task_loss")["value"] for records in runs.values()]
 
 
 def loss_rows(*both):
     """Of each of both runs: [[what each row adds to the task loss] per seed] after the last step; the loss itself as one row where an older run did
     not keep that, and the legend says so."""
-    found = [[at(records, "task_loss", last_step(records)) for records in runs.values()] for runs in both]
+    found = [[last(records, "task_loss") for records in runs.values()] for runs in both]
     kept = all("per_row" in r for of_seeds in found for r in of_seeds)
     return [[r["per_row"] if kept else [r["value"]] for r in of_seeds] for of_seeds in found]
 
@@ -75,7 +80,7 @@ def check_paired(method, runs, reference):
     if len(runs) < 2:
         raise ValueError(f"{method} has one seed: an interval over seeds needs at least two")
     for metric in ("harmful_score", "task_loss"):
-        if len({at(records, metric, last_step(records))["n"] for records in (*runs.values(), *reference.values())}) > 1:
+        if len({last(records, metric)["n"] for records in (*runs.values(), *reference.values())}) > 1:
             raise ValueError(f"{method}: {metric} was not measured on the same rows for every seed")
 
 
@@ -92,9 +97,9 @@ def compare(method, runs, against):
              "more_useful": difference(*rows),
              "mcnemar": [mcnemar(*pair) for pair in zip(harmful, hits(against, "harmful_score"))]}
     found["over_seeds_alone"] = all(len(of_seed) == 1 for of_seed in rows[0])
-    found["seconds"] = [at(records, "seconds", last_step(records))["value"] for records in runs.values()]
+    found["seconds"] = [last(records, "seconds")["value"] for records in runs.values()]
     for metric in ("over_refusal", "refusal_rate", "task_accuracy"):
-        ends = [at(records, metric, last_step(records)) for records in runs.values()]
+        ends = [last(records, metric) for records in runs.values()]
         found[metric] = None if None in ends else over_seeds(ends)
     reached = [max(pair) for pair in zip(losses(runs), losses(against))]                    # the task loss that both curves fall to
     matched, theirs = ([harmful_at(records, loss) for records, loss in zip(of_seeds.values(), reached)] for of_seeds in (runs, against))

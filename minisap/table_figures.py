@@ -1,12 +1,11 @@
 """Pictures of table.json: harm against task loss, against the share of harmful rows, against the attacker's steps."""
-from minisap.script import pyplot
+from minisap.script import pyplot, save_figure
 from minisap.stats import student
 
 
 # README's columns.
 TITLES = {"poisoned": "one row in ten harmful", "harmless": "no harmful row", "disguised": "harmful rows in the task's format", "evading": "likewise, chosen to evade the filter"}
-
-ATTACKS = {"attack10": "10 harmful rows", "attack100": "100 harmful rows", "capitals100": "100 in capitals"}
+BUDGETS = {"attack10": "10 harmful rows", "attack100": "100 harmful rows", "capitals100": "100 in capitals"}
 
 
 def plane(axis, found, reference, title=""):
@@ -37,17 +36,10 @@ def over(axis, found, key, x, title, xlabel):
     axis.legend(frameon=False, fontsize=7)
 
 
-def save(figure, file):
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot().close(figure)
-    print(f"written: {file}")
-
-
 def draw_plane(found, reference, file):
     figure, axis = pyplot().subplots(figsize=(7, 4.5))
     plane(axis, found, reference)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_laboratory(found, file):
@@ -63,5 +55,5 @@ def draw_laboratory(found, file):
         axis.axis("off")
     for axis, (rows, rate) in zip(attacks, budgets):
         chosen = [r for r in found["budgets"] if (r["rows"], r["learning_rate"]) == (rows, rate)]
-        over(axis, chosen, "defence", "step", f"attacker: {ATTACKS[rows]}, learning rate {rate:g}", "steps")
-    save(figure, file)
+        over(axis, chosen, "defence", "step", f"attacker: {BUDGETS[rows]}, learning rate {rate:g}", "steps")
+    save_figure(figure, file)

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minisap import demo  # noqa: E402
 from minisap.checkpoint import DTYPES, load_config, load_model  # noqa: E402
-from minisap.data import batch_rows, collate, contrast_batch, encode_pairs, encode_prompt, encode_rows  # noqa: E402
+from minisap.data import batch_rows, collate, collate_pairs, encode_pairs, encode_prompt, encode_rows  # noqa: E402
 from minisap.evaluate import print_table  # noqa: E402
 from minisap.likelihood import prefixes_of  # noqa: E402
 from minisap.lora import add_lora  # noqa: E402
 from minisap.memory import estimate, largest_batches  # noqa: E402
-from minisap.methods import METHODS, RELEASED_EPSILON, RELEASED_LAYERS, RELEASED_LR, ROWS_PER_ROW  # noqa: E402
+from minisap.methods import METHODS, RELEASED_EPSILON, RELEASED_LAYERS, RELEASED_LR, FORWARD_BATCHES  # noqa: E402
 from minisap.optimize import update  # noqa: E402
 from minisap.sap import harmful_direction, slopes_of  # noqa: E402
 from minisap.script import find_model, parse_layers  # noqa: E402
@@ -60,7 +60,7 @@ def batches(args):
     task, pairs = encoded(args)
     examples = lambda step: batch_rows(task, args.batch_size, step, 0)
     return (examples, lambda step: collate(examples(step), device=args.device),
-            lambda step: contrast_batch(pairs, args.pairs, step, 0, args.device))
+            lambda step: collate_pairs(batch_rows(pairs, args.pairs, step, 0), args.device))
 
 
 def synchronised(args):
@@ -87,13 +87,13 @@ def ours(args, method):
 
 
 def ours_filter(args):
-    """step(i) is what sap does before its first step, for the rows of ROWS_PER_ROW steps: each row is asked once, and `report` divides."""
+    """step(i) is what sap does before its first step, for the rows of FORWARD_BATCHES steps: each row is asked once, and `report` divides."""
     model = load(args)
     W, (examples, _, contrast) = add_lora(model), batches(args)
     g_hat = harmful_direction(model, W, contrast(0))
 
     def step(i):
-        slopes_of(model, W, g_hat, [row for j in range(ROWS_PER_ROW) for row in examples(i + j)], min_tokens=1, batch_size=ROWS_PER_ROW * args.batch_size)
+        slopes_of(model, W, g_hat, [row for j in range(FORWARD_BATCHES) for row in examples(i + j)], min_tokens=1, batch_size=FORWARD_BATCHES * args.batch_size)
     return step
 
 
@@ -202,9 +202,9 @@ def serve(args):
     """A subject in this process: for every number that comes in, two steps, and the second's seconds go out; at the end, the peak of its memory."""
     step = (SUBJECTS | THEIRS)[args.subject](args)
     for i in map(int, sys.stdin):
-        step(ROWS_PER_ROW * 2 * i)
+        step(FORWARD_BATCHES * 2 * i)
         began = synchronised(args)
-        step(ROWS_PER_ROW * (2 * i + 1))
+        step(FORWARD_BATCHES * (2 * i + 1))
         print(synchronised(args) - began, flush=True)
     if args.device.startswith("cuda"):
         print(torch.cuda.max_memory_allocated())
@@ -243,7 +243,7 @@ def report(args, peak, seconds, peaks, estimated):
     config, (_, batch, contrast) = load_config(args.model), batches(args)
     task, both = batch(0), contrast(0)["both"]
     distinct = [len(prefixes_of(one).origin) for one in (task, both)]
-    filtering = seconds.pop("sap_filter") / ROWS_PER_ROW                         # of as many rows as a step has: a run asks each row of the task once
+    filtering = seconds.pop("sap_filter") / FORWARD_BATCHES                         # of as many rows as a step has: a run asks each row of the task once
     seconds |= {f"sap, {epochs} epoch{'s' * (epochs > 1)}": seconds["sap"] + filtering / epochs for epochs in (1, 3)}
     peaks |= {name: max(peaks["sap"], peaks["sap_filter"]) for name in seconds if name.startswith("sap,")}
     counted = {"sft": flops(config, task, 2), "hf_sft": flops(config, task, 2, distinct=False), "sap": flops(config, task, 2) + flops(config, both, 2)}

@@ -12,7 +12,7 @@ from minisap import memory
 from minisap.config import LlamaConfig
 from minisap.data import batch_rows, step_batches
 from minisap.memory import estimate, free_memory, largest_batches
-from minisap.methods import FIRST, METHODS
+from minisap.methods import FILTERS, METHODS
 from minisap.model import Llama
 from minisap.optimize import trainable, update
 from minisap.rivals import STRENGTH
@@ -38,8 +38,8 @@ def allocated(args, method, config, rows, pairs, first_rows):
         model = Llama(config)
         W, model.model.checkpointing = trainable(model, args), args.checkpointing
         optimizer, state = torch.optim.AdamW(W), {}
-        if method in FIRST:
-            FIRST[method](model, W, first_rows, pairs, args)
+        if method in FILTERS:
+            FILTERS[method](model, W, first_rows, pairs, args)
         for state["step"] in (0, 1, 9):                                 # the tenth is lisa's other one
             grads, _ = METHODS[method](model, W, *step_batches(rows, pairs), args, state)
             update(optimizer, W, grads, args.clip, 1e-3)
@@ -66,9 +66,9 @@ def test_a_filter_that_gives_no_number_does_not_hide_what_the_steps_take(monkeyp
         raise NotFinite
     args = options()
     batches = largest_batches(args, CONFIG, ROWS, PAIRS)
-    monkeypatch.setitem(memory.FIRST, "sap", stop)
+    monkeypatch.setitem(memory.FILTERS, "sap", stop)
     ends_early = estimate(args, "sap", CONFIG, batches)
-    monkeypatch.delitem(memory.FIRST, "sap")
+    monkeypatch.delitem(memory.FILTERS, "sap")
     assert ends_early == estimate(args, "sap", CONFIG, batches)
 
 

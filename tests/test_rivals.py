@@ -10,7 +10,7 @@ from minisap.likelihood import response_nll, token_nll
 from minisap.lora import lora_layers
 from minisap.methods import METHODS
 from minisap.mechanism import leading_directions
-from minisap.rivals import AFTER, BEFORE, RIVALS, STRENGTH
+from minisap.rivals import ENDINGS, STAGES, RIVALS, STRENGTH
 from minisap.sap import put, safety_loss, unit, useful_loss
 from test_sap import ARGS, LAYERS, example, gradient, moved, world  # noqa: F401 (a fixture)
 from tiny import BASE, tiny_model
@@ -40,12 +40,12 @@ def test_a_knob_at_0_is_sft_bit_for_bit_and_W_stays(method, world):  # noqa: F81
     move(W, random_direction(W, 0.01))
     saved, state["step"] = [w.detach().clone() for w in W], 1
     found, log = RIVALS[method](model, W, batch, pairs, args, state)
-    limit = "mix" if method in BEFORE else "project" if method == "steer_project" else "sft"
+    limit = "mix" if method in STAGES else "project" if method == "steer_project" else "sft"
     expected, _ = METHODS[limit](model, W, batch, pairs, args, {"step": 0})
     same = torch.allclose if method == "vaccine" else torch.equal
     assert all(same(a, b) for a, b in zip(found, expected)) and log["loss"] > 0
-    if method in AFTER:
-        AFTER[method](model, W, args, state, tiny_model(BASE | {"num_hidden_layers": 3}, seed=9))
+    if method in ENDINGS:
+        ENDINGS[method](model, W, args, state, tiny_model(BASE | {"num_hidden_layers": 3}, seed=9))
     assert all(torch.equal(a, b) for a, b in zip(W, saved))
 
 
@@ -158,7 +158,7 @@ def test_ema_ends_with_the_moving_average_of_its_weights(world):  # noqa: F811
         RIVALS["ema"](model, W, batch, pairs, args, state)
         move(W, random_direction(W, 0.1))
         mean = [0.7 * m + 0.3 * w.detach() for m, w in zip(mean, W)]
-    AFTER["ema"](model, W, args, state, None)
+    ENDINGS["ema"](model, W, args, state, None)
     for a, b in zip(W, mean):
         torch.testing.assert_close(a.detach(), b)
 
@@ -175,12 +175,12 @@ def test_safelora_projects_what_strays_from_safety_training_once_and_for_all(wor
     RIVALS["safelora"](model, W, batch, pairs, args, state)
     move(W, random_direction(W, 0.1))
     strayed = weight() - aligned
-    AFTER["safelora"](model, W, args_with(safelora=0.01), state, before)
+    ENDINGS["safelora"](model, W, args_with(safelora=0.01), state, before)
     torch.testing.assert_close(weight() - aligned, strayed)                                    # near enough: as it was
-    AFTER["safelora"](model, W, args, state, before)                                           # a cosine of 2: all is projected
+    ENDINGS["safelora"](model, W, args, state, before)                                           # a cosine of 2: all is projected
     once = weight() - aligned
     U = leading_directions(aligned - before.get_parameter(f"{name}.weight").detach(), 0.9)
     torch.testing.assert_close(once, U @ U.T @ strayed)
     assert 0 < U.shape[1] < 32 and once.norm() < 0.99 * strayed.norm()
-    AFTER["safelora"](model, W, args, state, before)
+    ENDINGS["safelora"](model, W, args, state, before)
     torch.testing.assert_close(weight() - aligned, once)

@@ -12,7 +12,7 @@ from minisap.data import batch_rows, collate, collate_pairs, encode_pairs, encod
 from minisap.finite import NotFinite
 from minisap.likelihood import response_nll
 from minisap.lora import add_lora
-from minisap.methods import FIRST, METHODS, released
+from minisap.methods import FILTERS, METHODS, released
 from minisap.rivals import STRENGTH
 from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, paper_step, probe_gradient, probe_gradient_by_difference, project_out_harm,
                          safety_loss, sap_step, unit, useful_loss)
@@ -164,6 +164,14 @@ def test_slopes_know_that_a_tied_head_is_the_embedding(world):
     assert sap.row_slopes(model, W, direction, collate(ROWS), 2).tolist() == pytest.approx(expected)
 
 
+def test_a_row_whose_loss_rises_from_its_first_token_on_has_a_slope_of_0(world, monkeypatch):
+    """Though no token is without a label, whose slope would be 0."""
+    model, W, _, _ = world
+    monkeypatch.setattr(sap, "derivative_along", lambda *args: torch.ones(4))
+    batch = {"input_ids": torch.arange(5)[None], "labels": torch.arange(5)[None]}
+    assert sap.row_slopes(model, W, W, batch, min_tokens=1).tolist() == [0]
+
+
 def test_a_token_whose_slope_is_no_number_leaves_its_row_with_none(world, monkeypatch):
     """Though the least of a row's beginnings ends before it."""
     model, W, batch, _ = world
@@ -202,11 +210,11 @@ def test_rows_are_chosen_among_those_that_the_run_comes_to(world, monkeypatch):
     asked, fit = [], lambda model, W, g_safe, *args: asked.append(args) or torch.zeros(4, dtype=bool)
     monkeypatch.setattr("minisap.methods.fit_rows", fit)
     args = Namespace(**{**vars(ARGS), "gate": 0.3, "steps": 2, "batch_size": 2, "seed": 5, "pairs_per_step": 2})
-    counts = FIRST["sap"](model, W, ROWS, PAIRS, args)
+    counts = FILTERS["sap"](model, W, ROWS, PAIRS, args)
     seen = [row for step in range(2) for row in batch_rows(ROWS, 2, step, 5)]
     assert counts == [False if row in seen else None for row in ROWS] and len(seen) == 4
     assert asked == [([row for row in ROWS if row in seen], 0.3, 4, 8)]                                            # the pairs' harmful answers have 3, 4 and 5 tokens
-    assert FIRST["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(args), "gate": 0.0})) == [True if row in seen else None for row in ROWS] and len(asked) == 1
+    assert FILTERS["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(args), "gate": 0.0})) == [True if row in seen else None for row in ROWS] and len(asked) == 1
 
 
 def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
@@ -242,7 +250,7 @@ def test_the_paper_s_g_hat_and_probe_are_kept_between_refreshes(world):
 
 def test_the_refusal_weight_adds_the_gradient_of_the_refusals_cross_entropy(world):
     model, W, batch, pairs = world
-    found, log = sap_step(model, W, batch, pairs, {"step": 0}, projection=False, refusal_weight=0.3)
+    found, log = sap_step(model, W, batch, pairs, {"step": 0}, refusal_weight=0.3)
     for a, b in zip(found, torch.autograd.grad(useful_loss(model, batch) + 0.3 * useful_loss(model, pairs["safe"]), W)):
         torch.testing.assert_close(a, b)
     assert log["refusal_loss"] == useful_loss(model, pairs["safe"]).item()
@@ -251,12 +259,12 @@ def test_the_refusal_weight_adds_the_gradient_of_the_refusals_cross_entropy(worl
 def test_the_safety_weight_adds_the_safety_loss_s_gradient_after_the_projection(world):
     model, W, batch, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
-    plain, _ = sap_step(model, W, pairs["harmful"], pairs, {"step": 0})
-    found, _ = sap_step(model, W, pairs["harmful"], pairs, {"step": 0}, safety_weight=0.3)
+    plain, _ = sap_step(model, W, pairs["harmful"], pairs, {"step": 0}, projection=True)
+    found, _ = sap_step(model, W, pairs["harmful"], pairs, {"step": 0}, projection=True, safety_weight=0.3)
     for a, b, c in zip(found, plain, g_safe):
         torch.testing.assert_close(a, b + 0.3 * c)
     expected, _ = METHODS["penalty"](model, W, batch, pairs, Namespace(strength={"penalty": 0.3}), {"step": 0})
-    for a, b in zip(sap_step(model, W, batch, pairs, {"step": 0}, projection=False, safety_weight=0.3)[0], expected):       # no probe, no projection
+    for a, b in zip(sap_step(model, W, batch, pairs, {"step": 0}, safety_weight=0.3)[0], expected):       # no probe, no projection
         torch.testing.assert_close(a, b)
 
 
@@ -347,7 +355,7 @@ ARGS = Namespace(gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="o
 def test_without_probe_and_projection_sap_and_the_paper_s_are_sft_bit_for_bit(world):
     model, W, batch, pairs = world
     expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {"step": 0})
-    for found, _ in (sap_step(model, W, batch, pairs, {"step": 0}, projection=False), paper_step(model, W, batch, pairs, {"step": 0}, LAYERS, radius=0.0),
+    for found, _ in (sap_step(model, W, batch, pairs, {"step": 0}), paper_step(model, W, batch, pairs, {"step": 0}, LAYERS, radius=0.0),
                      paper_step(model, W, batch, pairs, {"step": 0}, [], radius=1.0)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
@@ -454,10 +462,11 @@ def test_the_methods_pass_every_argument_on(world):
 def test_a_slope_that_is_no_number_is_found_though_another_row_has_its_source(world, monkeypatch):
     """Which row it is must not depend on its name."""
     model, W, _, _ = world
-    monkeypatch.setattr(sap, "slopes_of", lambda *args: torch.tensor([1.0, float("nan"), 1.0]))
-    rows = [{"source": "a:1"}, {"source": "a:2"}, {"source": "a:2"}]
-    with pytest.raises(NotFinite, match="the slope of a:2 is nan"):
-        sap.fit_rows(model, W, [torch.ones_like(w) for w in W], rows, 0.5, 1, 2)
+    monkeypatch.setattr(sap, "row_slopes", lambda *args: torch.tensor([1.0, float("nan"), 1.0]))
+    rows = [row | {"source": source} for row, source in zip(ROWS, ("a:1", "a:2", "a:2"))]
+    for asked in (lambda: sap.fit_rows(model, W, [torch.ones_like(w) for w in W], rows, 0.5, 1, 3), lambda: sap.slopes_of(model, W, W, rows, 1, 3)):
+        with pytest.raises(NotFinite, match="the slope of a:2 is nan"):
+            asked()
 
 
 def test_checkpointing_changes_no_bit(world):
@@ -505,7 +514,7 @@ def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(world, monkeyp
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
-    FIRST["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(ARGS), "gate": 0.01, "batch_size": 2, "pairs_per_step": 2}))
+    FILTERS["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(ARGS), "gate": 0.01, "batch_size": 2, "pairs_per_step": 2}))
     for name, method, args in [*((name, method, ARGS) for name, method in METHODS.items()), ("sap", METHODS["sap"], Namespace(**{**vars(ARGS), "safety_weight": 0.1}))]:
         contrast = pairs | ({"refused": batch} if name in ALIGN else {})
         grads, log = method(model, W, batch, contrast, args, {"step": 0, "batch": batch})

@@ -19,6 +19,7 @@ from minisap.checkpoint import load_model, read_json
 from minisap.lora import add_lora
 from minisap.script import run
 from minisap.tokenizer import Tokenizer
+from minisap.world import World, write_random_checkpoint
 from safetensors.torch import load_file
 from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer
 
@@ -87,18 +88,18 @@ def test_a_resumed_run_ends_bit_identical(method, more, start, tmp_path, monkeyp
 
 
 def test_rows_are_chosen_once_and_not_again_by_who_resumes(start, tmp_path, monkeypatch):
-    choose, asked = train_script.FIRST["sap"], []
-    monkeypatch.setitem(train_script.FIRST, "sap", lambda *args: asked.append(args) or choose(*args))
+    choose, asked = train_script.FILTERS["sap"], []
+    monkeypatch.setitem(train_script.FILTERS, "sap", lambda *args: asked.append(args) or choose(*args))
     monkeypatch.setattr(train_script, "finish", lambda *args: 1 / 0)                              # all steps are done and saved
     with pytest.raises(ZeroDivisionError):
         train(start, tmp_path / "run", "--method", "sap")
     monkeypatch.undo()
-    monkeypatch.setitem(train_script.FIRST, "sap", lambda *args: 1 / 0)
+    monkeypatch.setitem(train_script.FILTERS, "sap", lambda *args: 1 / 0)
     assert (train(start, tmp_path / "run", "--method", "sap", "--resume") / "sap" / "eval.json").exists() and len(asked) == 1
 
 
 def test_how_many_poisoned_rows_are_left_out_is_told(start, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train_script.FIRST, "sap", lambda model, W, task, contrast, args: [i >= 40 for i in range(len(task))])
+    monkeypatch.setitem(train_script.FILTERS, "sap", lambda model, W, task, contrast, args: [i >= 40 for i in range(len(task))])
     examples = train_script.prepare(train_script.parse_args(["--model", str(start), "--poison", "0.1", *FAST]))[-1]
     poisoned = [example["poisoned"] for example in examples]
     train(start, tmp_path / "run", "--method", "sap", "--poison", "0.1")
@@ -110,7 +111,7 @@ def test_how_many_poisoned_rows_are_left_out_is_told(start, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("share, warned", [(0.2, False), (0.3, True)])
 def test_who_loses_many_rows_that_nobody_marked_is_told_which(share, warned, start, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train_script.FIRST, "sap", lambda model, W, task, contrast, args: [i >= share * len(task) for i in range(len(task))])
+    monkeypatch.setitem(train_script.FILTERS, "sap", lambda model, W, task, contrast, args: [i >= share * len(task) for i in range(len(task))])
     train(start, tmp_path / "run", "--method", "sap", "--poison", "0")
     printed = capsys.readouterr().out
     assert re.search(r"sap leaves out \d+ of the 794 task rows that it comes to\n", printed)           # of none is it known that it is poisoned
@@ -131,6 +132,24 @@ def test_a_method_joins_a_run_that_has_another_s_flags(start, tmp_path):
     with pytest.raises(ValueError, match="gate = 0.1, this command gate = 0.5"):
         train(start, out, "--method", "mix", "--resume")
     assert (train(start, out, "--method", "mix", "--gate", "0.1", "--resume") / "mix" / "eval.json").exists()
+
+
+def test_what_measuring_takes_on_the_way_is_not_the_method_s_peak(start, tmp_path, monkeypatch):
+    """Every measurement between two steps is followed by a fresh count."""
+    seen, evaluate, step = [], train_script.evaluate, train_script.METHODS["sft"]
+    monkeypatch.setattr(train_script, "evaluate", lambda *args: seen.append("measured") or evaluate(*args))
+    monkeypatch.setattr(train_script, "reset_peak", lambda args: seen.append("reset"))
+    monkeypatch.setitem(train_script.METHODS, "sft", lambda *args: seen.append("step") or step(*args))
+    train(start, tmp_path / "run", "--method", "sft", "--eval_every", "2")
+    assert seen == ["measured", "reset", "step", "step", "measured", "reset", "step", "step", "measured"]
+
+
+def test_a_start_that_was_measured_is_not_loaded_again(start, tmp_path, monkeypatch):
+    train(start, tmp_path / "run", "--method", "sft")
+    monkeypatch.setattr(train_script, "load_model", lambda path, dtype=None, device="cpu": loaded.append(device) or load_model(path, dtype or torch.float32, device))
+    loaded = []
+    train(start, tmp_path / "run", "--method", "sft", "--resume")
+    assert loaded == ["meta"]
 
 
 def test_looking_at_an_average_on_the_way_changes_nothing(start, tmp_path):
@@ -285,6 +304,18 @@ def test_a_base_checkpoint_is_measured_on_the_rows_of_the_run_beside_it(start, t
     assert found["task_loss"] == (pytest.approx(recorded["task_loss"], abs=1e-12), 6)
 
 
+def test_checkpoints_of_two_worlds_are_not_measured_on_the_rows_of_one(start, tmp_path):
+    worlds = [write_random_checkpoint(tmp_path / str(seed), World(seed)) for seed in (0, 1)]
+    for paths in (worlds, [worlds[0], start]):
+        with pytest.raises(ValueError, match="not of one world"):
+            eval_script.main([*map(str, paths), "--n_eval", "4"])
+
+
+def test_a_full_disk_is_an_error_of_the_system(start):
+    with pytest.raises(OSError):
+        resume.save_whole({"W": [torch.ones(9)]}, "/dev/full" if Path("/dev/full").exists() else "/")
+
+
 def test_what_is_trained_keeps_the_template(start, tmp_path):
     (start / "chat_template.jinja").write_text("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")
     out = train(start, tmp_path / "run", "--method", "sft")
@@ -380,6 +411,12 @@ def test_precision_finds_the_exact_direction_in_every_dtype(start, tmp_path, cap
         probe_script.main([str(start), "--precision", "--radius", "0"])
 
 
+def test_precision_draws_nothing_and_says_so(start, tmp_path):
+    for flags in (["--plot", str(tmp_path / "p.png")], ["--batches", "9"], ["--dtype", "bfloat16"]):
+        with pytest.raises(ValueError, match=f"{flags[0]} has no part in --precision"):
+            probe_script.main([str(start), "--precision", *flags])
+
+
 def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
     random = torch.Generator().manual_seed(0)
     noise, y = torch.randn(400, 16, generator=random), torch.arange(400) % 2.0
@@ -438,6 +475,9 @@ def held_out(n):
     (lambda p: ["--strength", "kl=-1"], "error: --strength kl=-1: expected METHOD=VALUE"),
     (lambda p: ["--method", "safelora"], "error: safelora projects onto what safety training wrote: give --before"),
     (lambda p: ["--before", "tiny"], "error: --before: is what --watch mechanism and safelora compare with"),
+    (lambda p: ["--lora_rank", "0", "--lora_targets", "nonsense"], "error: --lora_targets: has no part without --lora_rank"),
+    (lambda p: ["--lora_rank", "0", "--lora_alpha", "99"], "error: --lora_alpha: has no part without --lora_rank"),
+    (lambda p: ["--watch_every", "3"], "error: --watch_every: has no part without --watch"),
 ])
 def test_bad_input_is_one_line_status_2_and_nothing_written(arguments, message, start, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -460,7 +500,7 @@ def test_the_command_itself_ends_with_its_status(chat_format, status, start, tmp
 
 
 @pytest.mark.parametrize("of, told", [("safety_loss", r"error: sap, before the first step: safety_loss of \S+pairs.json: row 1, \S+ row 2 is nan"),
-                                      ("slopes_of", r"error: sap, before the first step: the slope of demo:\w+:\d+ is nan")])
+                                      ("row_slopes", r"error: sap, before the first step: the slope of demo:\w+:\d+ is nan")])
 def test_a_number_that_is_not_finite_leaves_out_no_row_in_silence(of, told, start, tmp_path, monkeypatch, capsys):
     real = getattr(sap, of)
     monkeypatch.setattr(sap, of, lambda *args: real(*args) * float("nan"))

@@ -239,7 +239,7 @@ def test_prompts_labelled_unsafe_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", '{"prompt": "q", "response": "a"}\n\n', "a.jsonl:2: not JSON"),
+    ("a.jsonl", '{"prompt": "q", "response": "a"}\n\n{', "a.jsonl:3: not JSON"),                # an empty line is no row, and is counted
     ("a.jsonl", '{"prompt": "q"}\n', "a.jsonl:1: response is missing"),
     ("a.jsonl", '{"prompt": "q", "response": " "}\n', "a.jsonl:1: response is ' '"),
     ("a.jsonl", "[" * 10**6, "a.jsonl:1: not JSON"),
