@@ -150,7 +150,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     state, records = load_state(out_dir, W, optimizer)
     if method in FILTERS and not state["step"]:                           # W are the start's
         filter_rows(args, method, model, W, task, pairs, state, out_dir)
-    kept, due = state.get("kept", [True] * len(task)), 0.0
+    kept, due = state["kept"] if method in FILTERS else [True] * len(task), 0.0
     with open(out_dir / "log.jsonl" if parallel.leads() else os.devnull, "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method, disable=not parallel.leads()):
             began = time.perf_counter()
@@ -214,8 +214,8 @@ def finish(args, method, model, W, state, records, measure, start, out_dir):
     return records
 
 
-def prepare(args):
-    """(start, tokenizer, splits, safe prompts, task examples): every check that can be made before anything is written."""
+def settle(args):
+    """(start, config, tokenizer): what the arguments name is there, and what depends on it, or on other arguments, is settled in them."""
     args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
     args.device = parallel.join(args.device)
     use_device(args)
@@ -228,24 +228,35 @@ def prepare(args):
     args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
     if args.before:
         args.before = find_before(args.before, start)
+    return start, config, tokenizer
+
+
+def read_rows(args, tokenizer):
+    """(splits, safe prompts, task examples, pairs of examples): the rows, each for its one use, and those to train on as ids."""
     rows_of = built_in(tokenizer, args.new_format, args.task)
     splits = load_splits(args.task, args.safety, args.pairs, args.n_eval, rows_of)
     safe_prompts = load_safe_prompts(args.benign, args.n_eval, rows_of)
     if args.watch and min(len(splits["eval_unsafe"]), len(safe_prompts)) < 2:
         raise ValueError("--watch mechanism: clusters need 2 unsafe and 2 safe prompts; raise --n_eval")
-    args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     rows = poison_rows(splits["task"], splits["harmful"], args.poison, args.seed)
     task = [example | {"poisoned": "poisoned" in row} for row, example in zip(rows, encode_rows(tokenizer, rows, args.max_len))]
     if set(args.method) & set(ALIGN):                                   # the same prompts, refused
         refusals = itertools.cycle(rows_of.REFUSALS)
         refused = encode_rows(tokenizer, [row | {"response": text} for row, text in zip(rows, refusals)], args.max_len)
         task = [example | {"refused": other} for example, other in zip(task, refused)]
-    encode_rows(tokenizer, splits["eval_task"], args.max_len)
+    encode_rows(tokenizer, splits["eval_task"], args.max_len)           # whether they fit
     pairs = encode_pairs(tokenizer, splits["pairs"] + splits["eval_unsafe"], args.max_len)[:len(splits["pairs"])]
+    return splits, safe_prompts, task, pairs
+
+
+def prepare(args):
+    """(start, tokenizer, splits, safe prompts, task examples): every check that can be made before anything is written."""
+    start, config, tokenizer = settle(args)
+    splits, safe_prompts, task, pairs = read_rows(args, tokenizer)
+    args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     model = load_model(start, device="meta")                            # the checkpoint's names and shapes are as its config says
     n_weights, n_trained = (sum(w.numel() for w in some) for some in (list(model.parameters()), trainable(model, args)))
-    print(f"{len(rows)} task rows, {sum('poisoned' in row for row in rows)} of them poisoned; {args.pairs} contrastive pairs; "
-          f"{n_trained:,} weights to train")
+    print(f"{len(task)} task rows, {sum(example['poisoned'] for example in task)} of them poisoned; {args.pairs} contrastive pairs; {n_trained:,} weights to train")
     if seen := repeated(splits["eval_task"], splits["task"], "prompt", "response"):
         print(f"{seen} of the {len(splits['eval_task'])} held-out rows of the task are, word for word, among those to train on: their loss is no loss on new rows")
     if unfinished := [method for method in args.method if not (args.out_dir / method / "eval.json").exists()]:
