@@ -93,10 +93,12 @@ def check_held_out(file, run, splits, rows, named):
     if not named and run.get("rows_sha256") != sha256_of([own, safe_prompts]):
         raise ValueError(f"{file}: the rows of this run have changed since; what was held out then may be what it learnt. "
                          "Name rows by --task and --safety to measure on these")
-    seen = {"eval_task": repeated(splits["eval_task"], own["task"], "prompt", "response"), "eval_unsafe": run["poison"] and repeated(splits["eval_unsafe"], own["harmful"], "prompt")}
+    learnt = own["harmful"] if run["poison"] else []
+    seen = {"eval_task": repeated(splits["eval_task"], own["task"], "prompt", "response"), "eval_unsafe": repeated(splits["eval_unsafe"], learnt, "prompt")}
     for key, count in seen.items():
         if count and splits[key] != own[key]:
-            raise ValueError(f"{count} of the {len(splits[key])} rows to measure on are among those that the run of {file} may have learnt; it held out {run['n_eval']} of each file")
+            raise ValueError(f"{count} of the {len(splits[key])} rows to measure on are among those that the run of {file} may have learnt; "
+                             f"it held out {run['n_eval']} of each file")
 
 
 def measure(args, path, tokenizer, splits, safe_prompts):
@@ -155,7 +157,8 @@ def read_runs(paths):
         for file in files:
             check_alike(path, args, *first.setdefault(file.parent.name, (path, args)))
             if (file.parent.name, run_args["seed"]) in seen:
-                raise ValueError(f"{path}: seed {run_args['seed']} of {file.parent.name} stands in {seen[file.parent.name, run_args['seed']]}, too; give runs of different seeds")
+                raise ValueError(f"{path}: seed {run_args['seed']} of {file.parent.name} stands in {seen[file.parent.name, run_args['seed']]}, too; "
+                                 "give runs of different seeds")
             seen[file.parent.name, run_args["seed"]] = path
             records += [r | {"method": file.parent.name} for r in (*start, *read_measured(file, run_args["seed"]))]
         shared = {key: value for key, value in args.items() if key not in ANY_METHOD}

@@ -81,7 +81,8 @@ def load_config(path) -> LlamaConfig:
 
 def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
     """Build the model on the meta device and put the checkpoint's tensors in its place: strict in names and shapes,
-    memory-mapped, converted one tensor at a time, so that the weights are never held twice. On device "meta" no weight is read, and names and shapes alone are checked."""
+    memory-mapped, converted one tensor at a time, so that the weights are never held twice. On device "meta" no weight is read, and names
+    and shapes alone are checked."""
     path = Path(path)
     with torch.device("meta"):
         model = Llama(load_config(path))

@@ -260,8 +260,8 @@ def encode_pairs(tokenizer, rows, max_len):
 
 
 def step_batches(rows, pairs, device="cpu"):
-    """(batch, contrast) of a step, as every method takes them: of the task's examples, and of contrastive pairs. Where safety training gives the examples a refusal
-    each, contrast["refused"] are those."""
+    """(batch, contrast) of a step, as every method takes them: of the task's examples, and of contrastive pairs. Where safety training
+    gives the examples a refusal each, contrast["refused"] are those."""
     contrast = collate_pairs(pairs, device)
     if rows and "refused" in rows[0]:
         contrast["refused"] = collate([row["refused"] for row in rows], device=device)
@@ -272,7 +272,8 @@ def collate_pairs(pairs, device="cpu") -> dict:
     """{"safe": batch, "harmful": batch, "both": batch} of [(safe example, harmful example)] of the same prompts. "both" has the two answers of a prompt
     by turns."""
     safe, harmful = zip(*pairs)
-    return {"safe": collate(safe, device=device), "harmful": collate(harmful, device=device), "both": collate([example for pair in pairs for example in pair], device=device)}
+    by_turns = [example for pair in pairs for example in pair]
+    return {key: collate(examples, device=device) for key, examples in (("safe", safe), ("harmful", harmful), ("both", by_turns))}
 
 
 def collate(examples, pad_id=0, device="cpu") -> dict:

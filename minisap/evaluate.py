@@ -74,7 +74,8 @@ def record(metric, value, n, ci_low=None, ci_high=None, judge=None):
 
 
 def read_measured(file, seed=None):
-    """The records that train.py left in eval.json or start.json, of this seed; ValueError names the file, and the first record that is none or what is missing."""
+    """The records that train.py left in eval.json or start.json, of this seed; ValueError names the file, and the first record that is none
+    or what is missing."""
     records = read_json(file)
     for i, r in enumerate(records if isinstance(records, list) else [records]):
         if not is_record(r) or seed not in (None, r["seed"]):

@@ -1,5 +1,5 @@
-"""How likely a model finds what it is to say: the negative log-likelihood of every labelled token, and of every row. Of every layer but attention nothing is computed
-twice, and nothing that no label needs."""
+"""How likely a model finds what it is to say: the negative log-likelihood of every labelled token, and of every row. Of every layer but
+attention nothing is computed twice, and nothing that no label needs."""
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -30,8 +30,8 @@ def prefixes_of(batch, apart=False, whole=False):
 
 
 def head_nll(model, x, targets):
-    """Nats of every target (N,), predicted from the hidden states x (N, D). Where no gradient follows, and with --checkpointing, the logits of HEAD_TOKENS tokens
-    at a time are all that there is of them, in the backward pass, too."""
+    """Nats of every target (N,), predicted from the hidden states x (N, D). Where no gradient follows, and with --checkpointing, the logits
+    of HEAD_TOKENS tokens at a time are all that there is of them, in the backward pass, too."""
     nats = lambda x, targets: F.cross_entropy(widen(model.lm_head(x)), targets, reduction="none")                 # by logits (N, V)
     if torch.is_grad_enabled() and not model.model.checkpointing:
         return nats(x, targets)

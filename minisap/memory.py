@@ -1,6 +1,7 @@
-"""How much memory training by a method takes, told before it takes it: its own steps on two models of the same width, of two and of three layers, are counted tensor by
-tensor, and to every part of a step (up to a gradient, or an update) a further layer adds what the third one added. (Not the first: what lies below it needs no gradient. Not
-on tensors without data: where the labels are decides how many logits there are.) What --watch, --before and the measures take is not counted."""
+"""How much memory training by a method takes, told before it takes it: its own steps on two models of the same width, of two and of three
+layers, are counted tensor by tensor, and to every part of a step (up to a gradient, or an update) a further layer adds what the third one
+added. (Not the first: what lies below it needs no gradient. Not on tensors without data: where the labels are decides how many logits there
+are.) What --watch, --before and the measures take is not counted."""
 import os
 import weakref
 from argparse import Namespace
@@ -154,7 +155,8 @@ def free_memory(device):
 
 
 def check_memory(args, methods, config, n_weights, task, pairs):
-    """Print what that of the methods takes which takes most; ValueError where that cannot fit. Of runs so small that this is out of the question nothing is said."""
+    """Print what that of the methods takes which takes most; ValueError where that cannot fit. Of runs so small that this is out of the
+    question nothing is said."""
     free = parallel.least(free_memory(args.device), args.device)
     longest = sorted(task, key=lambda example: len(example["input_ids"]))[-FORWARD_BATCHES * args.batch_size:]
     if SMALL * 4 * (n_weights + room(longest, config, apart=True)) < free:
@@ -164,7 +166,7 @@ def check_memory(args, methods, config, n_weights, task, pairs):
     most = -parallel.least(-most, args.device)                          # so that all processes come to the same end
     told = f"{method} takes about {most / GIB:.2f} GiB at its peak (the weights: {n_weights * DTYPES[args.dtype].itemsize / GIB:.2f}; free on {args.device}: {free / GIB:.2f})"
     if most > TOLERANCE * free:
-        less = {"a smaller --batch_size, --pairs_per_step or --max_len": True, "--checkpointing": not args.checkpointing and not method.startswith("paper"), "LoRA in place of --lora_rank 0": not args.lora_rank,
-                "--dtype bfloat16": args.lora_rank and DTYPES[args.dtype].itemsize > 2}
+        less = {"a smaller --batch_size, --pairs_per_step or --max_len": True, "--checkpointing": not args.checkpointing and not method.startswith("paper"),
+                "LoRA in place of --lora_rank 0": not args.lora_rank, "--dtype bfloat16": args.lora_rank and DTYPES[args.dtype].itemsize > 2}
         raise ValueError(f"{told}; less is needed with {', or '.join(advice for advice, helps in less.items() if helps)}")
     print(told)

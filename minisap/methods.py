@@ -44,7 +44,8 @@ def choose_rows(model, W, task, pairs, args):
 
 
 def filter_report(task, kept):
-    """What choose_rows came to, as numbers of rows, and the sources of those that it leaves out; of rows that say so themselves, it is known whether they are poisoned."""
+    """What choose_rows came to, as numbers of rows, and the sources of those that it leaves out; of rows that say so themselves, it is
+    known whether they are poisoned."""
     asked = [(example, one) for example, one in zip(task, kept) if one is not None]
     out = [example for example, one in asked if not one]
     return {"rows": len(asked), "left_out": len(out), "poisoned": sum(example["poisoned"] for example, _ in asked),
@@ -104,7 +105,8 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
     return RELEASED_LR * (m / (1 - beta_1**count)) / ((v / (1 - beta_2**count)).sqrt() + 1e-8)
 
 
-READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refusal_weight": ("sap",), "refresh": ("sap", "paper", "paper_project"), "epsilon": ("paper", "paper_project"),
+READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refusal_weight": ("sap",),
+           "refresh": ("sap", "paper", "paper_project"), "epsilon": ("paper", "paper_project"),
            "radius": ("paper", "paper_project", "random_probe"), "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project")}
 FILTERS = {"sap": choose_rows}                                                                # before the first step, by the start's weights
 PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs

@@ -58,9 +58,9 @@ class RMSNorm(nn.Module):
 
 
 def distinct_prefixes(rows, apart=False):
-    """(numbers, origins) of rows, lists of ids: what a causal model makes of a token depends on it and those before it, its prefix, alone, so that rows which begin alike
-    have their beginning in common. numbers: of every row's tokens those of their prefixes, in the order in which they come up; origins: of every number the
-    (row, column) where it does. apart: no two rows have anything in common."""
+    """(numbers, origins) of rows, lists of ids: what a causal model makes of a token depends on it and those before it, its prefix, alone,
+    so that rows which begin alike have their beginning in common. numbers: of every row's tokens those of their prefixes, in the order in
+    which they come up; origins: of every number the (row, column) where it does. apart: no two rows have anything in common."""
     known, numbers, origins = {}, [], []
     for i, row in enumerate(rows):
         number, line = -1 - i * apart, []
@@ -74,7 +74,8 @@ def distinct_prefixes(rows, apart=False):
 
 
 class Prefixes(NamedTuple):
-    """By which N tokens stand for the B · T of a batch: what rows have in common at their beginning once, and no padding. (F.embedding has a faster derivative than an index.)"""
+    """By which N tokens stand for the B · T of a batch: what rows have in common at their beginning once, and no padding. (F.embedding has
+    a faster derivative than an index.)"""
     number: torch.Tensor                # (B, T): which of the N stands for each; any of them, for padding
     origin: torch.Tensor                # (N,): which of the B · T each is taken from
 
@@ -192,7 +193,10 @@ class Decoder(nn.Module):
             x = x + probe[-1].to(x.dtype)
         keeps = not self.checkpointing or caches or mlp_streams is not None or not torch.is_grad_enabled()
         for j, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, caches[j] if caches else None, prefixes, mlp_streams) if keeps else checkpoint(layer, x, rope, mask, None, prefixes, use_reentrant=False)
+            if keeps:
+                x = layer(x, rope, mask, caches[j] if caches else None, prefixes, mlp_streams)
+            else:
+                x = checkpoint(layer, x, rope, mask, None, prefixes, use_reentrant=False)
             if j in probe:
                 x = x + probe[j].to(x.dtype)
             if hidden is not None:

@@ -215,8 +215,9 @@ def paper_step(model, W, batch, contrast, state, layers, radius, epsilon=0.0, pr
 
 
 def sap_step(model, W, batch, contrast, state, projection=False, safety_weight=0.0, refusal_weight=0.0, refresh=1):
-    """(gradient, log) of one step with the probe on the rows: the batch holds those alone that count (fit_rows; train.py drops the others), maybe none. Then the projection, then
-    the safety loss's own gradient, and that of the refusals' cross-entropy; without all of these SFT, bit for bit.
+    """(gradient, log) of one step with the probe on the rows: the batch holds those alone that are kept (fit_rows; train.py drops the others),
+    maybe none. Then the projection, then the safety loss's own gradient, and that of the refusals' cross-entropy; without all of these SFT,
+    bit for bit.
     state: {"step": the number of this one} and what is kept between steps.  refresh: ∇_W L_safe, and so ĝ, is that of the last step
     whose number is a multiple of it."""
     log = {}

@@ -173,12 +173,17 @@ def budget(args, methods, stage=None):
 
 def legend(found, reference):
     """What the columns mean, and whether a method beats the reference in both."""
-    seeds, better, matched = len(found[0]["seeds"]), dominating(found), safer_matched(found)
-    alone = [c["method"] for c in found if c.get("over_seeds_alone")]
-    return (f"Mean of {seeds} seeds [95 % interval over seeds and the n = {found[0]['n']} prompts] (each seed). Differences are paired, their 95 % intervals over seeds and "
-            f"prompts, or rows of the task, not adjusted for the {len(found) - 1} comparisons of a column; after ;: in how many of {seeds} seeds McNemar's test has p < 0.05. "
-            f"Task loss: nats per token. Equal task loss: per seed, the larger of the two last ones, on straight lines between {min(c['evaluations'] for c in found)} evaluations. Seconds: of training, on whatever else the machine had to do. "
-            + (f"The task loss of {', '.join(alone)} is compared over seeds alone: not all runs kept each row's. " if alone else "") + f"Shown to be both safer and more useful than {reference}: {', '.join(better) or 'none'}; safer at equal task loss: {', '.join(matched) or 'none'}.")
+    seeds, alone = len(found[0]["seeds"]), [c["method"] for c in found if c.get("over_seeds_alone")]
+    said = [f"Mean of {seeds} seeds [95 % interval over seeds and the n = {found[0]['n']} prompts] (each seed).",
+            f"Differences are paired, their 95 % intervals over seeds and prompts, or rows of the task, not adjusted for the {len(found) - 1} comparisons of a column;",
+            f"after ;: in how many of {seeds} seeds McNemar's test has p < 0.05. Task loss: nats per token.",
+            f"Equal task loss: per seed, the larger of the two last ones, on straight lines between {min(c['evaluations'] for c in found)} evaluations.",
+            "Seconds: of training, on whatever else the machine had to do."]
+    if alone:
+        said.append(f"The task loss of {', '.join(alone)} is compared over seeds alone: not all runs kept each row's.")
+    said.append(f"Shown to be both safer and more useful than {reference}: {', '.join(dominating(found)) or 'none'};")
+    said.append(f"safer at equal task loss: {', '.join(safer_matched(found)) or 'none'}.")
+    return " ".join(said)
 
 
 def print_comparisons(found, runs, reference, spent):

@@ -1,5 +1,5 @@
-"""Forward-mode derivatives of what the model spends its time in, by hand. PyTorch's own multiply by the tangents of frozen weights, which are zero, have none of fused
-attention, and of the cross-entropy one that cannot be differentiated again.
+"""Forward-mode derivatives of what the model spends its time in, by hand. PyTorch's own multiply by the tangents of frozen weights, which
+are zero, have none of fused attention, and of the cross-entropy one that cannot be differentiated again.
 
 Within `Tangents` they stand in for the functions of torch.nn.functional. Each returns what PyTorch's would and the tangent of that, both in operations that
 autograd knows: the probe on hidden states is the gradient of a tangent.

@@ -173,16 +173,16 @@ class Tokenizer:
         return ids if ids[:1] == self.bos else self.bos + ids
 
     def as_words(self, whole):
-        """Of the file's content {mark: (control token, its ids as the mere text that it is in a message)}. A control token is one that the file calls special, or that the chat
-        format writes."""
+        """Of the file's content {mark: (control token, its ids as the mere text that it is in a message)}. A control token is one that the
+        file calls special, or that the chat format writes."""
         written = self.render_turns(None if self.chat_format == "world" else "-", [("user", ""), ("assistant", ""), ("user", "")], True)
         added = [token.content for token in self.tokens.get_added_tokens_decoder().values() if token.special or token.content.strip() and token.content in written]
         words = tokenizers.Tokenizer.from_str(json.dumps(whole | {"added_tokens": []}))
         return {chr(ord(MARK) + i): (token, words.encode(token, add_special_tokens=False).ids) for i, token in enumerate(added)}
 
     def mark(self, content):
-        """A message in which every control token is marked, so that it ends no turn and begins none. ValueError where the vocabulary has it as a word, and where
-        the message has our marks."""
+        """A message in which every control token is marked, so that it ends no turn and begins none. ValueError where the vocabulary has it
+        as a word, and where the message has our marks."""
         if any(mark in content for mark in self.marks):
             raise ValueError(f"a message holds the character {ascii(next(mark for mark in self.marks if mark in content))}, which stands for a control token here")
         for mark, (token, ids) in self.marks.items():

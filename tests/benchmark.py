@@ -4,7 +4,8 @@ in a process of its own. On a CPU they step in turn, and all stay in memory (the
     pip install transformers peft && python tests/benchmark.py --json benchmark.json     smollm2-135m-q4, about a quarter of an hour on two cores
     python tests/benchmark.py --model X --dtype bfloat16 --device cuda --ours            ours alone, of any checkpoint
 
-Rows are the built-in ones, three to a conversation. Seconds are medians over --repetitions, after one more, each of two steps of which the second counts. "of the peak": the FLOPs that `flops` counts, as a share of what this machine does in one large matrix product.
+Rows are the built-in ones, three to a conversation. Seconds are medians over --repetitions, after one more, each of two steps of which the
+second counts. "of the peak": the FLOPs that `flops` counts, as a share of what this machine does in one large matrix product.
 """
 import argparse
 import json

@@ -1,4 +1,5 @@
-"""SIGKILL at random moments of a run by every method, in the synthetic world, and --resume after each: does it end with the bytes of a run that nothing interrupted?
+"""SIGKILL at random moments of a run by every method, in the synthetic world, and --resume after each: does it end with the bytes of a run
+that nothing interrupted?
 
     python tests/kill.py --kills 100 --seed 0           the tests do 25
 """

@@ -1,4 +1,5 @@
-"""That what a run will take is known beforehand: against the allocator's own account of a whole model's steps, and for a run too large, before anything is written."""
+"""That what a run will take is known beforehand: against the allocator's own account of a whole model's steps, and for a run too large,
+before anything is written."""
 import itertools
 import os
 from dataclasses import replace
