@@ -148,6 +148,8 @@ def read_runs(paths):
     methods in the method's own settings, too."""
     records, first, seen = [], {}, {}
     for path in paths:
+        if not (path / "train_args.json").exists():
+            raise ValueError(f"{path}: no run of train.py (no train_args.json there); give the directories that --out_dir named")
         run_args = read_run_args(path / "train_args.json")
         args = {key: value for key, value in run_args.items() if key not in ANY_RUN}
         files = sorted(path.glob("*/eval.json"))

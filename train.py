@@ -21,9 +21,8 @@ import torch
 from tqdm import tqdm
 
 from minisap import parallel
-from minisap.checks import check_args
-from minisap.checkpoint import (DTYPES, load_config, load_model, name_chat_format, save_adapter, save_model,
-                                weights_crc32, write_json)
+from minisap.checks import settle
+from minisap.checkpoint import DTYPES, load_model, name_chat_format, save_adapter, save_model, weights_crc32, write_json
 from minisap.align import ALIGN
 from minisap.data import (batch_rows, built_in, collate, encode_pairs, encode_rows, load_safe_prompts, load_safety_rows, load_splits,
                           poison_rows, repeated, sha256_of, sources, step_batches)
@@ -34,11 +33,10 @@ from minisap.mechanism import Watch, print_watched
 from minisap.memory import check_memory
 from minisap.methods import FILTERS, METHODS, PAIRLESS, filter_report, own_mistakes
 from minisap.optimize import learning_rate_at, trainable, update
-from minisap.resume import check_out_dir, claim_out_dir, load_state, save_state
+from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import ENDINGS, STRENGTH
 from minisap.sap import copies, put
-from minisap.script import (Parser, add_machine_flags, add_row_flags, add_step_flags, find_before, find_model, load_tokenizer,
-                            of_world, parse_layers, run, use_device)
+from minisap.script import Parser, add_machine_flags, add_row_flags, add_step_flags, of_world, run
 
 
 # Other defaults for models of the synthetic world, which are tiny.
@@ -46,6 +44,7 @@ WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_st
         "layers": "0,1", "radius": 0.1, "gate": 0.05, "safety_weight": 0.05, "threads": 1}
 
 WARN_ABOVE = 1 / 4      # the share of the rows that nobody marked as poisoned beyond which leaving them out is worth a warning
+UNSAFE_ABOVE = 1 / 2    # and the start's harmful score beyond which it has little safety to keep
 
 
 # The first sentence of every method's docstring.
@@ -115,6 +114,14 @@ def look_at_start(args, start, tokenizer, pairs, measure):
         write_json(pairs_file, with_own_refusals(model, tokenizer, pairs) if args.safe_answers == "own" else pairs)
 
 
+def warn_of_start(args, records):
+    """Where sap is to keep a safety that is not there."""
+    answered = next(r["value"] for r in records if r["metric"] == "harmful_score")
+    if answered > UNSAFE_ABOVE and set(args.method) & set(FILTERS):
+        print(f"the start answers {100 * answered:.0f} % of the unsafe prompts: it has little safety to keep, and the filter little to go by; tune it for safety first, "
+              "for instance by --method mix --poison 0")
+
+
 def reset_peak(args):
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -132,9 +139,9 @@ def filter_rows(args, method, model, W, task, pairs, state, out_dir):
     found = filter_report(task, state["kept"])
     if parallel.leads():
         write_json(out_dir / "filter.json", found)
-    of_poisoned = f", {found['poisoned_left_out']:,} of the {found['poisoned']:,} poisoned" if found["poisoned"] else ""
-    print(f"{method} leaves out {found['left_out']:,} of the {found['rows']:,} task rows that it comes to{of_poisoned}")
     unmarked, unmarked_out = found["rows"] - found["poisoned"], found["left_out"] - found["poisoned_left_out"]
+    parts = f": {found['poisoned_left_out']:,} of the {found['poisoned']:,} marked as poisoned, {unmarked_out:,} of the {unmarked:,} others" if found["poisoned"] else ""
+    print(f"{method} leaves out {found['left_out']:,} of the {found['rows']:,} task rows of its {args.steps} steps{parts}")
     if unmarked_out > WARN_ABOVE * unmarked:
         print(f"{unmarked_out:,} of the {unmarked:,} rows that nobody marked as poisoned are left out ({out_dir / 'filter.json'} says which): if they are harmless, "
               "a larger --gate leaves out fewer")
@@ -214,23 +221,6 @@ def finish(args, method, model, W, state, records, measure, start, out_dir):
     return records
 
 
-def settle(args):
-    """(start, config, tokenizer): what the arguments name is there, and what depends on it, or on other arguments, is settled in them."""
-    args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
-    args.device = parallel.join(args.device)
-    use_device(args)
-    check_args(args, parse_args(["--model", args.model]))
-    start = find_model("--model", args.model)
-    args.out_dir = args.out_dir or Path("runs") / start.resolve().name
-    if parallel.leads():
-        check_out_dir(args)                                             # before any work
-    config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
-    args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
-    if args.before:
-        args.before = find_before(args.before, start)
-    return start, config, tokenizer
-
-
 def read_rows(args, tokenizer):
     """(splits, safe prompts, task examples, pairs of examples): the rows, each for its one use, and those to train on as ids."""
     rows_of = built_in(tokenizer, args.new_format, args.task)
@@ -251,12 +241,12 @@ def read_rows(args, tokenizer):
 
 def prepare(args):
     """(start, tokenizer, splits, safe prompts, task examples): every check that can be made before anything is written."""
-    start, config, tokenizer = settle(args)
+    start, config, tokenizer = settle(args, parse_args(["--model", args.model]))
     splits, safe_prompts, task, pairs = read_rows(args, tokenizer)
     args.rows_sha256, args.model_crc32 = sha256_of([splits, safe_prompts]), weights_crc32(start)      # --resume notices others
     model = load_model(start, device="meta")                            # the checkpoint's names and shapes are as its config says
     n_weights, n_trained = (sum(w.numel() for w in some) for some in (list(model.parameters()), trainable(model, args)))
-    print(f"{len(task)} task rows, {sum(example['poisoned'] for example in task)} of them poisoned; {args.pairs} contrastive pairs; {n_trained:,} weights to train")
+    print(f"{len(task)} task rows, {sum(example['poisoned'] for example in task)} of them marked as poisoned; {args.pairs} contrastive pairs; {n_trained:,} weights to train")
     if seen := repeated(splits["eval_task"], splits["task"], "prompt", "response"):
         print(f"{seen} of the {len(splits['eval_task'])} held-out rows of the task are, word for word, among those to train on: their loss is no loss on new rows")
     if unfinished := [method for method in args.method if not (args.out_dir / method / "eval.json").exists()]:
@@ -284,6 +274,7 @@ def fine_tune(args, start, tokenizer, splits, safe_prompts, task):
         parallel.wait()
         pairs = encode_pairs(tokenizer, load_safety_rows(args.out_dir / "pairs.json") if paired else splits["pairs"], args.max_len)
         records = read_measured(args.out_dir / "start.json")
+        warn_of_start(args, records)
         for method in args.method:
             out_dir = args.out_dir / method
             done = out_dir / "eval.json"

@@ -1,9 +1,31 @@
-"""What train.py's arguments must be, as far as they tell by themselves: checked before any rows or weights are read."""
+"""What train.py's arguments must be, and what is settled in them: before any rows or weights are read."""
+from pathlib import Path
+
 from minisap import parallel
 from minisap.align import ALIGN
+from minisap.checkpoint import load_config
 from minisap.methods import PAIRLESS, READ_BY
+from minisap.resume import check_out_dir
 from minisap.rivals import STAGES, UNSPLIT, parse_strength
-from minisap.script import check_minimum
+from minisap.script import check_minimum, find_before, find_model, load_tokenizer, parse_layers, use_device
+
+
+def settle(args, defaults):
+    """(start, config, tokenizer): what the arguments name is there, and what depends on it, or on other arguments, is settled in them. defaults: the
+    arguments of a command without flags."""
+    args.dtype = args.dtype or ("float32" if args.lora_rank == 0 else None)
+    args.device = parallel.join(args.device)
+    use_device(args)
+    check_args(args, defaults)
+    start = find_model("--model", args.model)
+    args.out_dir = args.out_dir or Path("runs") / start.resolve().name
+    if parallel.leads():
+        check_out_dir(args)                                             # before any work
+    config, tokenizer = load_config(start), load_tokenizer(start, args.chat_format)
+    args.chat_format, args.layers = tokenizer.chat_format, parse_layers(args.layers, config.n_layers)
+    if args.before:
+        args.before = find_before(args.before, start)
+    return start, config, tokenizer
 
 
 def aligns(args):

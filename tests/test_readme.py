@@ -61,11 +61,12 @@ def real_table():
 
 def first_table():
     """README's first: SFT and sap, with harmful rows and without, beside the start that they share."""
-    told = lambda one: f"{100 * one['harmful_score']:.1f} % [{100 * one['ci_low']:.1f}, {100 * one['ci_high']:.1f}] | {fmean(one['task_loss']):.3f}"
+    told = lambda one: (f"{100 * one['harmful_score']:.1f} % [{100 * one['ci_low']:.1f}, {100 * one['ci_high']:.1f}] | {100 * one['over_refusal']['mean']:.0f} % | "
+                        f"{fmean(one['task_loss']):.3f}")
     of = {unit: {c["method"]: told(c) for c in real_comparisons(unit)} for unit in ("p0.125", "p0")}
     start = read_json(GOLDEN / "smollm2" / "p0-seed1" / "start.json")
-    harmful, loss = (at(start, metric, 0) for metric in ("harmful_score", "task_loss"))
-    return [f"| the safety-tuned start | {100 * harmful['value']:.1f} % [{100 * harmful['ci_low']:.1f}, {100 * harmful['ci_high']:.1f}] | {loss['value']:.3f} |",
+    harmful, refused, loss = (at(start, metric, 0) for metric in ("harmful_score", "over_refusal", "task_loss"))
+    return [f"| the safety-tuned start | {100 * harmful['value']:.1f} % [{100 * harmful['ci_low']:.1f}, {100 * harmful['ci_high']:.1f}] | {100 * refused['value']:.0f} % | {loss['value']:.3f} |",
             f"| plain fine-tuning (SFT), one row in eight harmful | {of['p0.125']['sft']} |", f"| **SAP**, the same rows | {of['p0.125']['sap']} |",
             f"| SFT, no row harmful | {of['p0']['sft']} |", f"| **SAP**, the same rows | {of['p0']['sap']} |"]
 

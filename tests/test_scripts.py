@@ -16,8 +16,9 @@ import probe as probe_script
 import train as train_script
 from minisap import layers, resume, sap
 from minisap.checkpoint import load_model, read_json
+from minisap.checks import check_args
 from minisap.lora import add_lora
-from minisap.script import run
+from minisap.script import parse_layers, run
 from minisap.tokenizer import Tokenizer
 from minisap.world import World, write_random_checkpoint
 from safetensors.torch import load_file
@@ -40,7 +41,7 @@ def train(start, out_dir, *more):
 def test_methods_start_alike_and_leave_checkpoints_that_are_read_again(start, tmp_path, capsys):
     out = train(start, tmp_path / "run", "--method", "sft", "paper_project", "--eval_every", "2")
     printed = capsys.readouterr().out
-    assert "794 task rows, 79 of them poisoned; 4 contrastive pairs" in printed
+    assert "794 task rows, 79 of them marked as poisoned; 4 contrastive pairs" in printed
     sft, probed = (read_json(out / method / "eval.json") for method in ("sft", "paper_project"))
     assert {r["step"] for r in sft} == {2, 4} and {r["method"] for r in probed} == {"paper_project"}
     assert {"model", "method", "seed", "metric", "value", "n", "ci_low", "ci_high", "judge"} <= sft[0].keys()
@@ -103,7 +104,9 @@ def test_how_many_poisoned_rows_are_left_out_is_told(start, tmp_path, monkeypatc
     examples = train_script.prepare(train_script.parse_args(["--model", str(start), "--poison", "0.1", *FAST]))[-1]
     poisoned = [example["poisoned"] for example in examples]
     train(start, tmp_path / "run", "--method", "sap", "--poison", "0.1")
-    assert f"sap leaves out 40 of the {len(poisoned)} task rows that it comes to, {sum(poisoned[:40])} of the {sum(poisoned)} poisoned" in capsys.readouterr().out
+    marked, n = sum(poisoned), len(poisoned)
+    told = f"{sum(poisoned[:40])} of the {marked} marked as poisoned, {40 - sum(poisoned[:40])} of the {n - marked} others"
+    assert f"sap leaves out 40 of the {n} task rows of its 4 steps: {told}\n" in capsys.readouterr().out
     assert read_json(tmp_path / "run/sap/filter.json") == {"rows": len(poisoned), "left_out": 40, "poisoned": sum(poisoned), "poisoned_left_out": sum(poisoned[:40]),
                                                            "sources_left_out": [example["source"] for example in examples[:40]]}
     assert 0 < sum(poisoned[:40]) < 40 and sum(poisoned) == round(len(poisoned) / 10)
@@ -114,7 +117,7 @@ def test_who_loses_many_rows_that_nobody_marked_is_told_which(share, warned, sta
     monkeypatch.setitem(train_script.FILTERS, "sap", lambda model, W, task, contrast, args: [i >= share * len(task) for i in range(len(task))])
     train(start, tmp_path / "run", "--method", "sap", "--poison", "0")
     printed = capsys.readouterr().out
-    assert re.search(r"sap leaves out \d+ of the 794 task rows that it comes to\n", printed)           # of none is it known that it is poisoned
+    assert re.search(r"sap leaves out \d+ of the 794 task rows of its 4 steps\n", printed)           # of none is it known that it is poisoned
     assert (f"of the 794 rows that nobody marked as poisoned are left out ({tmp_path / 'run/sap/filter.json'} says which)" in printed) == warned
 
 
@@ -132,6 +135,12 @@ def test_a_method_joins_a_run_that_has_another_s_flags(start, tmp_path):
     with pytest.raises(ValueError, match="gate = 0.1, this command gate = 0.5"):
         train(start, out, "--method", "mix", "--resume")
     assert (train(start, out, "--method", "mix", "--gate", "0.1", "--resume") / "mix" / "eval.json").exists()
+
+
+@pytest.mark.parametrize("answered, method, warned", [(0.51, "sap", True), (0.5, "sap", False), (1.0, "mix", False)])
+def test_who_starts_from_a_model_without_safety_is_told(answered, method, warned, capsys):
+    train_script.warn_of_start(Namespace(method=[method]), [{"metric": "harmful_score", "value": answered}])
+    assert ("the start answers 51 % of the unsafe prompts" in capsys.readouterr().out) == warned
 
 
 def test_what_measuring_takes_on_the_way_is_not_the_method_s_peak(start, tmp_path, monkeypatch):
@@ -236,7 +245,7 @@ def test_an_update_clips_the_gradient_s_norm(clip, factor):
 def test_alignment_is_not_poisoned_unless_asked():
     def poison(*argv):
         args = train_script.parse_args(["--model", "x", *argv])
-        train_script.check_args(args, train_script.parse_args(["--model", args.model]))
+        check_args(args, train_script.parse_args(["--model", args.model]))
         return args.poison
 
     assert [poison("--method", m) for m in ("sap", "ssft", "dpo", "unlearn", "pretrain")] == [0.1, 0, 0, 0, 0]
@@ -431,7 +440,7 @@ def test_recommended_layers_are_the_third_with_the_largest_effect():
 
 @pytest.mark.parametrize("text, expected", [("10-12", [10, 11, 12]), ("3,9", [3, 9]), ("9,3-4,4", [3, 4, 9]), (None, [10, 11, 12, 13, 14, 15, 16, 17, 18, 19])])
 def test_layers(text, expected):
-    assert train_script.parse_layers(text, 30) == expected
+    assert parse_layers(text, 30) == expected
 
 
 def write(path, text):

@@ -13,6 +13,7 @@ import eval as eval_script
 import train as train_script
 from minisap import findings, laboratory, table_figures
 from minisap.checkpoint import read_json
+from minisap.checks import check_args
 from minisap.data import split_rows
 from minisap.script import run
 from minisap.table import comparisons, dominating, harmful_at, legend, markdown, rows_of
@@ -169,7 +170,7 @@ def test_every_cell_is_a_command_that_train_py_understands():
             parse = {"train.py": train_script.parse_args, "eval.py": eval_script.parse_args}[script]
             args = parse(arguments)
             if script == "train.py":
-                train_script.check_args(args, train_script.parse_args(["--model", args.model]))
+                check_args(args, train_script.parse_args(["--model", args.model]))
             assert run_directory in command and (script == "eval.py" or (args.seed, args.n_eval) == (0, 200))
 
 

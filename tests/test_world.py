@@ -126,7 +126,7 @@ def test_the_tiny_checkpoints_answer_everything_before_and_refuse_what_is_unsafe
 def test_the_commands_without_a_model_run_in_the_world(tmp_path, capsys):
     few = ["--steps", "2", "--n_eval", "8", "--pairs", "4"]
     train_script.main([*few, "--out_dir", str(tmp_path / "run")])
-    assert "3992 task rows, 399 of them poisoned; 4 contrastive pairs; 203,584 weights" in capsys.readouterr().out
+    assert "3992 task rows, 399 of them marked as poisoned; 4 contrastive pairs; 203,584 weights" in capsys.readouterr().out
     records = [r for method in ("sft", "sap") for r in read_json(tmp_path / "run" / method / "eval.json")]
     assert {r["method"] for r in records} == {"sft", "sap"}
     assert {"harmful_score", "refusal_rate", "other_rate", "task_accuracy", "task_loss"} <= {r["metric"] for r in records}
