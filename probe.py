@@ -33,7 +33,7 @@ PARTS = {"before": {"model", "before", "attack", "out_dir", "plot", "safety", "b
                     "dtype", "device", "threads"},
         "study": {"study", "seeds", "out_dir", "plot", "n_eval", "threads"},
         "precision": {"precision", "model", "out", "task", "safety", "pairs", "n_eval", "max_len", "chat_format", "new_format", "batch_size", "pairs_per_step",
-                      "safe_answers", "lora_targets", "radius", "seed", "device", "threads"}}
+                      "safe_answers", "lora_targets", "radius", "seed", "dtype", "device", "threads"}}
 
 
 def parse_args(argv=None):

@@ -2,7 +2,7 @@
 
     python train.py                                               SFT and SAP in the synthetic world, half a minute on a CPU
     python train.py --new_format --out_dir runs/format            ... where there is a new output format to learn
-    python train.py --model smollm2-135m-q4                       SAP on the built-in rows, in plain English
+    python train.py --model runs/aligned/mix                      SAP on the built-in rows, in plain English, of a model that refuses (see README)
     python train.py --model X --method sft sap --poison 0.1       two methods, one table
     python train.py --model X --task FILE --safety FILE           your rows; FILE[a:b] takes a range of them
 
@@ -118,8 +118,8 @@ def warn_of_start(args, records):
     """Where sap is to keep a safety that is not there."""
     answered = next(r["value"] for r in records if r["metric"] == "harmful_score")
     if answered > UNSAFE_ABOVE and set(args.method) & set(FILTERS):
-        print(f"the start answers {100 * answered:.0f} % of the unsafe prompts: it has little safety to keep, and the filter little to go by; tune it for safety first, "
-              "for instance by --method mix --poison 0")
+        print(f"the start answers {100 * answered:.0f} % of the unsafe prompts: it has little safety to keep; tune it for safety first, for instance by "
+              "--method mix --poison 0, and start from what that leaves in OUT_DIR/mix")
 
 
 def reset_peak(args):
@@ -155,8 +155,10 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     reset_peak(args)
     optimizer = torch.optim.AdamW(W, lr=args.learning_rate, weight_decay=0.0)
     state, records = load_state(out_dir, W, optimizer)
-    if method in FILTERS and not state["step"]:                           # W are the start's
+    if method in FILTERS and not state["step"]:                         # W are the start's
         filter_rows(args, method, model, W, task, pairs, state, out_dir)
+    if method in FILTERS and "kept" not in state:
+        raise ValueError(f"{out_dir}: was saved by another version's filter; remove it to begin anew")
     kept, due = state["kept"] if method in FILTERS else [True] * len(task), 0.0
     with open(out_dir / "log.jsonl" if parallel.leads() else os.devnull, "a", encoding="utf-8") as log_file:
         for step in tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=method, disable=not parallel.leads()):

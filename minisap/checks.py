@@ -1,4 +1,4 @@
-"""What train.py's arguments must be, and what is settled in them: before any rows or weights are read."""
+"""What train.py's arguments must be, and what is settled by them: before any rows are read."""
 from pathlib import Path
 
 from minisap import parallel

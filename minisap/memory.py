@@ -18,7 +18,7 @@ from minisap import parallel
 from minisap.checkpoint import DTYPES
 from minisap.data import batch_rows, rows_of_run, step_batches
 from minisap.finite import NotFinite
-from minisap.methods import FILTERS, METHODS, FORWARD_BATCHES, own_mistakes
+from minisap.methods import FILTERS, FORWARD_BATCHES, METHODS, own_mistakes
 from minisap.model import Llama, distinct_prefixes
 from minisap.optimize import trainable, update
 from minisap.rivals import LISA_PERIOD

@@ -179,9 +179,8 @@ def fit_rows(model, W, g_safe, examples, gate, min_tokens, batch_size):
     slope is below 0, at 1 elsewhere. Beyond the paper: beginnings (harm shows where an answer begins, whatever follows), the threshold, and that a beginning
     of fewer than min_tokens counts as so many (a word or two say little). W are the weights that a run begins with, and all is asked once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    steepness = inner(g_safe, g_safe).sqrt().item()
+    slopes, steepness = slopes_of(model, W, unit(g_safe), examples, min_tokens, batch_size), inner(g_safe, g_safe).sqrt().item()
     check_finite({"the norm of ∇L_safe": steepness})
-    slopes = slopes_of(model, W, unit(g_safe), examples, min_tokens, batch_size)
     return slopes >= -gate * steepness
 
 

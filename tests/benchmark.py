@@ -244,7 +244,7 @@ def report(args, peak, seconds, peaks, estimated):
     config, (_, batch, contrast) = load_config(args.model), batches(args)
     task, both = batch(0), contrast(0)["both"]
     distinct = [len(prefixes_of(one).origin) for one in (task, both)]
-    filtering = seconds.pop("sap_filter") / FORWARD_BATCHES                         # of as many rows as a step has: a run asks each row of the task once
+    filtering = seconds.pop("sap_filter") / FORWARD_BATCHES                      # of as many rows as a step has: a run asks each row of the task once
     seconds |= {f"sap, {epochs} epoch{'s' * (epochs > 1)}": seconds["sap"] + filtering / epochs for epochs in (1, 3)}
     peaks |= {name: max(peaks["sap"], peaks["sap_filter"]) for name in seconds if name.startswith("sap,")}
     counted = {"sft": flops(config, task, 2), "hf_sft": flops(config, task, 2, distinct=False), "sap": flops(config, task, 2) + flops(config, both, 2)}

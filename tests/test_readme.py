@@ -112,15 +112,30 @@ def budget_table():
     return markdown(rows)
 
 
+def long_table():
+    """results.md's: harmful rows with a long harmless answer behind, or in front."""
+    rows = [["a GSM8K answer stands", "method", "seeds", "harmful rows left out", "others left out", "harmful %", "over-refusal %", "task loss"]]
+    for place, title in (("tail", "behind"), ("late", "in front")):
+        for method in ("sft", "sap"):
+            runs = sorted(GOLDEN.glob(f"smollm2/long/{place}-{method}-seed?"))
+            left = [read_json(run / "filter.json") for run in runs] if method == "sap" else []
+            total = lambda key: sum(found[key] for found in left)
+            ends = {metric: over_seeds([at(read_json(run / "eval.json"), metric, 60) for run in runs]) for metric in ("harmful_score", "over_refusal", "task_loss")}
+            rows.append([title, method, str(len(runs)), *((f"{total('poisoned_left_out')} of {total('poisoned')}",
+                         f"{total('left_out') - total('poisoned_left_out')} of {total('rows') - total('poisoned')}") if left else ("", "")),
+                         share_cell(ends["harmful_score"]), share_cell(ends["over_refusal"]), f"{ends['task_loss']['mean']:.3f}"])
+    return markdown(rows)
+
+
 def test_the_real_model_s_tables_are_what_the_records_say():
     for unit, anchor in REAL.items():
         assert anchor in RESULTS and real_details(unit) in RESULTS
     matched, = [c for c in real_comparisons("p0") if c["method"] == "mix"]
     told = f"{100 * fmean(matched['matched']):.1f} against {100 * fmean(matched['matched_against']):.1f} %"
-    assert matched["safer_matched"]["verdict"] == "better" and f"without harmful rows it is safer than SAP at equal task loss, too ({told})" in README
+    assert matched["safer_matched"]["verdict"] == "better" and f"Without harmful rows it is safer than SAP at equal task loss ({told})" in README
     assert markdown([row[:-1] for row in rows_of(paper_comparisons(), "sft")]) in RESULTS and radius_table() in RESULTS
     assert "\n".join(first_table()) in README
-    assert real_table() in README.replace("**`sap`**", "`sap`") and budget_table() in RESULTS
+    assert real_table() in README.replace("**`sap`**", "`sap`") and budget_table() in RESULTS and long_table() in RESULTS
 
 
 def test_what_the_filter_found_on_the_real_model_is_what_the_records_say():

@@ -10,7 +10,7 @@ from minisap.likelihood import response_nll, token_nll
 from minisap.lora import lora_layers
 from minisap.methods import METHODS
 from minisap.mechanism import leading_directions
-from minisap.rivals import ENDINGS, STAGES, RIVALS, STRENGTH
+from minisap.rivals import ENDINGS, RIVALS, STAGES, STRENGTH
 from minisap.sap import put, safety_loss, unit, useful_loss
 from test_sap import ARGS, LAYERS, example, gradient, moved, world  # noqa: F401 (a fixture)
 from tiny import BASE, tiny_model
@@ -177,7 +177,7 @@ def test_safelora_projects_what_strays_from_safety_training_once_and_for_all(wor
     strayed = weight() - aligned
     ENDINGS["safelora"](model, W, args_with(safelora=0.01), state, before)
     torch.testing.assert_close(weight() - aligned, strayed)                                    # near enough: as it was
-    ENDINGS["safelora"](model, W, args, state, before)                                           # a cosine of 2: all is projected
+    ENDINGS["safelora"](model, W, args, state, before)                                         # a cosine of 2: all is projected
     once = weight() - aligned
     U = leading_directions(aligned - before.get_parameter(f"{name}.weight").detach(), 0.9)
     torch.testing.assert_close(once, U @ U.T @ strayed)
