@@ -198,6 +198,7 @@ def test_every_panel_of_the_picture_holds_one_thing(monkeypatch):
     for i in range(9):
         axes.flat[i] = MagicMock(plot=MagicMock(return_value=[MagicMock()]))
     monkeypatch.setattr(table_figures, "pyplot", lambda: MagicMock(subplots=lambda *shape, **options: (MagicMock(), axes)))
+    monkeypatch.setattr("minisap.script.pyplot", MagicMock)
     found = read_json(Path(__file__).parent / "golden" / "world" / "table.json")
     table_figures.draw_laboratory(found, "a.png")
     methods = [(len(rows), 0) for rows in found["settings"].values()]
