@@ -31,7 +31,7 @@ from minisap.finite import NotFinite, check_finite
 from minisap.lora import merge_lora
 from minisap.mechanism import Watch, print_watched
 from minisap.memory import check_memory
-from minisap.methods import FILTERS, METHODS, PAIRLESS, filter_report, own_mistakes
+from minisap.methods import FILTERS, METHODS, PAIRLESS, filter_rows, own_mistakes
 from minisap.optimize import learning_rate_at, trainable, update
 from minisap.resume import claim_out_dir, load_state, save_state
 from minisap.rivals import ENDINGS, STRENGTH
@@ -43,8 +43,7 @@ from minisap.script import Parser, add_machine_flags, add_row_flags, add_step_fl
 WORLD = {"method": ["sft", "sap"], "steps": 120, "batch_size": 32, "pairs_per_step": 16, "learning_rate": 3e-4, "warmup": 20, "lora_rank": 0,
         "layers": "0,1", "radius": 0.1, "gate": 0.05, "safety_weight": 0.05, "threads": 1}
 
-WARN_ABOVE = 1 / 4      # the share of the rows that nobody marked as poisoned beyond which leaving them out is worth a warning
-UNSAFE_ABOVE = 1 / 2    # and the start's harmful score beyond which it has little safety to keep
+UNSAFE_ABOVE = 1 / 2    # the start's harmful score beyond which it has little safety to keep
 
 
 # The first sentence of every method's docstring.
@@ -127,26 +126,6 @@ def reset_peak(args):
         torch.cuda.reset_peak_memory_stats(args.device)
 
 
-def filter_rows(args, method, model, W, task, pairs, state, out_dir):
-    """state["kept"]: which examples the method will train on; what that came to is left in filter.json, and told."""
-    began = time.perf_counter()
-    try:
-        with parallel.together(), own_mistakes(method):
-            state["kept"] = FILTERS[method](model, W, task, pairs, args)
-    except NotFinite as error:
-        raise NotFinite(f"{method}, before the first step: {error}") from None
-    state["seconds"] = time.perf_counter() - began
-    found = filter_report(task, state["kept"])
-    if parallel.leads():
-        write_json(out_dir / "filter.json", found)
-    unmarked, unmarked_out = found["rows"] - found["poisoned"], found["left_out"] - found["poisoned_left_out"]
-    parts = f": {found['poisoned_left_out']:,} of the {found['poisoned']:,} marked as poisoned, {unmarked_out:,} of the {unmarked:,} others" if found["poisoned"] else ""
-    print(f"{method} leaves out {found['left_out']:,} of the {found['rows']:,} task rows of its {args.steps} steps{parts}")
-    if unmarked_out > WARN_ABOVE * unmarked:
-        print(f"{unmarked_out:,} of the {unmarked:,} rows that nobody marked as poisoned are left out ({out_dir / 'filter.json'} says which): if they are harmless, "
-              "a larger --gate leaves out fewer")
-
-
 def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     """Fine-tune by one method, from the start or from its saved state, and write its directory. Returns its records."""
     model = load_model(start, DTYPES[args.dtype], args.device)
@@ -157,7 +136,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
     state, records = load_state(out_dir, W, optimizer)
     if method in FILTERS and not state["step"]:                         # W are the start's
         filter_rows(args, method, model, W, task, pairs, state, out_dir)
-    if method in FILTERS and "kept" not in state:
+    elif method in FILTERS and "kept" not in state:
         raise ValueError(f"{out_dir}: was saved by another version's filter; remove it to begin anew")
     kept, due = state["kept"] if method in FILTERS else [True] * len(task), 0.0
     with open(out_dir / "log.jsonl" if parallel.leads() else os.devnull, "a", encoding="utf-8") as log_file:
@@ -181,7 +160,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 if looks:
                     log |= watch(model, W, W_before, collate([task[i] for i in places], device=args.device), contrast)
                     check_finite(log)
-                    reset_peak(args)                                    # what watching, or measuring, took for a moment is not the method's
+                    reset_peak(args)                                    # what watching took for a moment is not the method's
             except NotFinite as error:
                 raise NotFinite(f"{method}, step {step}: {error}; its rows: {sources(rows) or 'none'}; its pairs: {sources(safe for safe, _ in step_pairs)}. What was "
                                 "saved before stays; a smaller --learning_rate, --radius or --safety_weight, or a wider --dtype, may help") from None
@@ -190,7 +169,7 @@ def train(args, method, start, task, pairs, measure, watch_of, out_dir):
                 W_trained = apply_ending(args, method, model, W, state)
                 records += measure(model, method, step + 1)
                 put(W, W_trained)
-                reset_peak(args)
+                reset_peak(args)                                        # nor what measuring took
             if (step + 1) % args.save_every == 0 and time.perf_counter() >= due or step + 1 == args.steps:
                 log_file.flush()
                 due = save_state(out_dir, W, optimizer, state, records)

@@ -5,19 +5,24 @@ args    gate, projection, safety_weight, refusal_weight, refresh, layers, radius
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 A method may choose its rows before the first step (FILTERS, below), and change W after the last (ENDINGS, in rivals.py).
 """
+import time
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from minisap import parallel
 from minisap.align import ALIGN, pretrain
+from minisap.checkpoint import write_json
 from minisap.data import rows_of_run
+from minisap.finite import NotFinite
 from minisap.model import widen
 from minisap.rivals import RIVALS, task_step
 from minisap.sap import (fit_rows, gradient, harmful_direction, mean_harmful_tokens, median_norm, paper_step, probe_gradient_by_difference,
                          safety_gradient, sap_step, useful_loss)
 
 FORWARD_BATCHES = 4                     # the filter asks the rows of so many batches at a time: forward mode keeps nothing for a backward pass
+WARN_ABOVE = 1 / 4                      # the share of the rows that nobody marked as poisoned beyond which leaving them out is worth a warning
 
 
 def sft(model, W, batch, contrast, args, state):
@@ -121,3 +126,23 @@ def own_mistakes(method):
         yield
     except ValueError as error:
         raise RuntimeError(f"--method {method}: {error}") from error
+
+
+def filter_rows(args, method, model, W, task, pairs, state, out_dir):
+    """state["kept"]: which examples the method will train on; what that came to is left in filter.json, and told."""
+    began = time.perf_counter()
+    try:
+        with parallel.together(), own_mistakes(method):
+            state["kept"] = FILTERS[method](model, W, task, pairs, args)
+    except NotFinite as error:
+        raise NotFinite(f"{method}, before the first step: {error}") from None
+    state["seconds"] = time.perf_counter() - began
+    found = filter_report(task, state["kept"])
+    if parallel.leads():
+        write_json(out_dir / "filter.json", found)
+    unmarked, unmarked_out = found["rows"] - found["poisoned"], found["left_out"] - found["poisoned_left_out"]
+    parts = f": {found['poisoned_left_out']:,} of the {found['poisoned']:,} marked as poisoned, {unmarked_out:,} of the {unmarked:,} others" if found["poisoned"] else ""
+    print(f"{method} leaves out {found['left_out']:,} of the {found['rows']:,} task rows of its {args.steps} steps{parts}")
+    if unmarked_out > WARN_ABOVE * unmarked:
+        print(f"{unmarked_out:,} of the {unmarked:,} rows that nobody marked as poisoned are left out ({out_dir / 'filter.json'} says which): if they are harmless, "
+              "a larger --gate leaves out fewer")
