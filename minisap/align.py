@@ -6,6 +6,7 @@ task rows    batch                   contrast["refused"]     the task's own answ
 unsafe       contrast["safe"]        contrast["harmful"]
 
 ℓ is the mean cross-entropy per token of an answer."""
+
 import math
 
 import torch
@@ -14,13 +15,15 @@ import torch.nn.functional as F
 from minisap.likelihood import response_nll, token_nll
 from minisap.sap import copies, gradient, weights_at
 
-UNLEARN_GAMMA = 0.1                     # the paper's, at its larger learning rate
+UNLEARN_GAMMA = 0.1  # the paper's, at its larger learning rate
 DPO_BETA, DPO_GAMMA = 0.1, 0.01
 
 
 def answer_loss(model, *batches):
     """ℓ of every row of the batches: (rows,)."""
-    return torch.cat([nats / tokens for nats, tokens in (response_nll(model, batch) for batch in batches)])
+    return torch.cat(
+        [nats / tokens for nats, tokens in (response_nll(model, batch) for batch in batches)]
+    )
 
 
 @torch.no_grad()
@@ -48,7 +51,10 @@ def ssft(model, W, batch, contrast, args, state):
 
 def unlearn(model, W, batch, contrast, args, state):
     """E ℓ(y_p) − γ ℓ(y_l)."""
-    loss = preferred(model, batch, contrast).mean() - UNLEARN_GAMMA * dispreferred(model, batch, contrast).mean()
+    loss = (
+        preferred(model, batch, contrast).mean()
+        - UNLEARN_GAMMA * dispreferred(model, batch, contrast).mean()
+    )
     return gradient(loss, W), {"loss": loss.item()}
 
 
@@ -63,8 +69,12 @@ def dpo(model, W, batch, contrast, args, state):
 def pretrain(model, W, batch, contrast, args, state):
     """Cross-entropy of the answer, and of the prompt with a weight that falls from 1 to 0, by a cosine, in the first half of the
     steps: a language model first."""
-    seen = batch["labels"].ne(-100).flip(1).cumsum(1).flip(1) > 0                      # up to the last label: no padding
-    nll, rows, places = token_nll(model, batch | {"labels": torch.where(seen, batch["input_ids"], -100)})
+    seen = (
+        batch["labels"].ne(-100).flip(1).cumsum(1).flip(1) > 0
+    )  # up to the last label: no padding
+    nll, rows, places = token_nll(
+        model, batch | {"labels": torch.where(seen, batch["input_ids"], -100)}
+    )
     answer = batch["labels"][rows, places] != -100
     weight = (1 + math.cos(math.pi * min(1, 2 * state["step"] / args.steps))) / 2
     loss = nll[answer].mean() + weight * nll[~answer].mean()

@@ -1,4 +1,5 @@
 """Checkpoint directories in Hugging Face layout: config.json, tokenizer files, *.safetensors; and adapters in peft layout."""
+
 import json
 import os
 import re
@@ -13,14 +14,24 @@ from safetensors.torch import save_file
 from minisap.lora import lora_layers
 from minisap.model import Llama, LlamaConfig
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 MAX_SHARD_BYTES = 5 * 10**9
 PLAIN_NAME = re.compile(r"[\w.-]{1,200}\.safetensors")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 UMASK = os.umask(0)
 os.umask(UMASK)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def read_text(path):
@@ -59,7 +70,9 @@ def parse_log(text, path) -> list[dict]:
 
 def out_of_memory(error):
     """Whether there was no room for what a step needs: of a CPU's error torch has no class."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(
+        error
+    )
 
 
 def read_object(path) -> dict:
@@ -89,14 +102,20 @@ def load_model(path, dtype=torch.float32, device="cpu") -> Llama:
     tensors = {}
     for file, names in weight_files(path).items():
         tensors |= read_tensors(file, names, dtype, device)
-    if model.config.tie_word_embeddings:                            # some checkpoints store the tied head, some do not
+    if model.config.tie_word_embeddings:  # some checkpoints store the tied head, some do not
         embedding = tensors.get("model.embed_tokens.weight")
-        if embedding is not None and device != "meta" and not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
-            raise ValueError(f"{path}: config.json ties lm_head to the embedding, but the file holds another lm_head.weight")
+        if (
+            embedding is not None
+            and device != "meta"
+            and not torch.equal(tensors.get("lm_head.weight", embedding), embedding)
+        ):
+            raise ValueError(
+                f"{path}: config.json ties lm_head to the embedding, but the file holds another lm_head.weight"
+            )
         tensors["lm_head.weight"] = embedding
     check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
-    model.tie()                                                     # assign=True made two parameters of the tied one
+    model.tie()  # assign=True made two parameters of the tied one
     return model.eval()
 
 
@@ -118,8 +137,12 @@ def weight_files(path):
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: weight_map is missing, or does not give each tensor a file")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or not PLAIN_NAME.fullmatch(file):         # nothing beside the index's own directory is read
-                raise ValueError(f"{index}: {name[:80]!r} lies in {file!r:.80}, which is no name of a safetensors file in this directory")
+            if not isinstance(file, str) or not PLAIN_NAME.fullmatch(
+                file
+            ):  # nothing beside the index's own directory is read
+                raise ValueError(
+                    f"{index}: {name[:80]!r} lies in {file!r:.80}, which is no name of a safetensors file in this directory"
+                )
             files.setdefault(path / file, set()).add(name)
     for file in files:
         if not file.is_file():
@@ -132,15 +155,25 @@ def read_tensors(file, names, dtype, device):
     try:
         with safe_open(file, framework="pt") as opened:
             if wrong := names is not None and names ^ set(opened.keys()):
-                raise ValueError(f"{file}: disagrees with model.safetensors.index.json on {min(wrong):.80}")
+                raise ValueError(
+                    f"{file}: disagrees with model.safetensors.index.json on {min(wrong):.80}"
+                )
             # Llama 2's files also carry RoPE's frequencies, which the config determines.
-            tensors = {name: opened.get_tensor(name) for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")}
+            tensors = {
+                name: opened.get_tensor(name)
+                for name in opened.keys()
+                if not name.endswith("rotary_emb.inv_freq")
+            }
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or not safetensors ({error})") from None
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{file}: {name} is of type {tensor.dtype}; known: {', '.join(DTYPES)}")
-        tensors[name] = tensor.to(device, dtype)                    # a mapped tensor takes memory only when it is converted
+            raise ValueError(
+                f"{file}: {name} is of type {tensor.dtype}; known: {', '.join(DTYPES)}"
+            )
+        tensors[name] = tensor.to(
+            device, dtype
+        )  # a mapped tensor takes memory only when it is converted
     return tensors
 
 
@@ -150,7 +183,9 @@ def check_tensors(path, found, wanted):
         if found.get(name) is None:
             raise ValueError(f"{path}: tensor {name} is missing")
         if found[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}; config.json implies {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(found[name].shape)}; config.json implies {tuple(tensor.shape)}"
+            )
     for name in found.keys() - wanted.keys():
         raise ValueError(f"{path}: unexpected tensor {name} {tuple(found[name].shape)}")
 
@@ -166,17 +201,27 @@ def save_model(model, out_dir, source):
     shards = split_into_shards(tensors)
     weight_map = {}
     for i, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        )
         write_whole(out_dir / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(out_dir / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            out_dir / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             write_whole(out_dir / name, lambda path: shutil.copyfile(source / name, path))
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    write_json(out_dir / "config.json", read_json(source / "config.json") | {"torch_dtype": dtype, "dtype": dtype})
+    write_json(
+        out_dir / "config.json",
+        read_json(source / "config.json") | {"torch_dtype": dtype, "dtype": dtype},
+    )
 
 
 def split_into_shards(tensors):
@@ -192,14 +237,29 @@ def save_adapter(model, out_dir, base):
     """Write the LoRA branches of `model` as a peft adapter on the checkpoint `base`."""
     out_dir, layers = Path(out_dir), lora_layers(model)
     out_dir.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().contiguous()
-               for name, _, _, layer in layers for part in ("lora_A", "lora_B")}
-    write_whole(out_dir / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    tensors = {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().contiguous()
+        for name, _, _, layer in layers
+        for part in ("lora_A", "lora_B")
+    }
+    write_whole(
+        out_dir / "adapter_model.safetensors",
+        lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+    )
     r = layers[0][3].lora_A.shape[0]
-    write_json(out_dir / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r,
-        "lora_alpha": layers[0][3].scale * r, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({attribute for _, _, attribute, _ in layers})})
+    write_json(
+        out_dir / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(base),
+            "r": r,
+            "lora_alpha": layers[0][3].scale * r,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted({attribute for _, _, attribute, _ in layers}),
+        },
+    )
 
 
 def name_chat_format(path, chat_format):
@@ -212,7 +272,7 @@ def write_whole(path, write):
     """Call write(temporary path), then give the file its name: a reader never sees half a file."""
     part = path.with_name(path.name + ".part")
     write(part)
-    part.chmod(0o666 & ~UMASK)                                      # safetensors would leave it to its owner alone
+    part.chmod(0o666 & ~UMASK)  # safetensors would leave it to its owner alone
     part.replace(path)
 
 

@@ -4,6 +4,7 @@ mechanism.py per layer and set; for one checkpoint, or for a second one against 
 A record   {"set", "layer", "metric", "value"}; set and layer are None where a measure has none
 Sets       {name: [{"prompt", "harmful"}]}, among them "safe" and "unsafe"; of safe prompts "harmful" may be None
 """
+
 import copy
 
 import torch
@@ -12,7 +13,17 @@ from tqdm import tqdm
 from minisap.attacks import LONGEST_SUFFIX, attack, check_room, plain
 from minisap.evaluate import generate_texts, print_table
 from minisap.judge import judge_of
-from minisap.mechanism import clusters, column_space, interpolate, lipschitz, mlp_matrix, mlp_streams, row_space, sigma1_share, tau
+from minisap.mechanism import (
+    clusters,
+    column_space,
+    interpolate,
+    lipschitz,
+    mlp_matrix,
+    mlp_streams,
+    row_space,
+    sigma1_share,
+    tau,
+)
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.2, 1.5)
 VERDICTS = ("comply", "refuse", "other")
@@ -23,7 +34,10 @@ def as_records(found):
 
 
 def shares(name, verdicts, suffix=""):
-    return [(name, None, verdict + suffix, verdicts.count(verdict) / len(verdicts)) for verdict in VERDICTS]
+    return [
+        (name, None, verdict + suffix, verdicts.count(verdict) / len(verdicts))
+        for verdict in VERDICTS
+    ]
 
 
 def answers(model, tokenizer, sets, suffix=""):
@@ -31,7 +45,9 @@ def answers(model, tokenizer, sets, suffix=""):
     _, judge = judge_of(tokenizer)
     for name, rows in sets.items():
         texts = generate_texts(model, tokenizer, [row["prompt"] for row in rows])
-        yield from shares(name, [judge(text, row["harmful"]) for text, row in zip(texts, rows)], suffix)
+        yield from shares(
+            name, [judge(text, row["harmful"]) for text, row in zip(texts, rows)], suffix
+        )
 
 
 def cluster_measures(streams):
@@ -43,7 +59,10 @@ def cluster_measures(streams):
             yield name, j, "tau", tau(cloud, clouds["unsafe"], clouds["safe"], name).mean().item()
             yield name, j, "sigma1_share", sigma1_share(cloud)
             if name != "safe":
-                yield from ((name, j, metric, value) for metric, value in clusters(cloud, clouds["safe"]).items())
+                yield from (
+                    (name, j, metric, value)
+                    for metric, value in clusters(cloud, clouds["safe"]).items()
+                )
 
 
 def change_measures(before, after, streams):
@@ -52,7 +71,7 @@ def change_measures(before, after, streams):
     for j in range(len(streams["safe"])):
         W = mlp_matrix(before, j)
         delta = mlp_matrix(after, j) - W
-        if not delta.any():                                                 # LoRA elsewhere
+        if not delta.any():  # LoRA elsewhere
             continue
         svd = torch.linalg.svd(delta, full_matrices=False)
         yield from ((None, j, metric, value) for metric, value in column_space(W, svd).items())
@@ -64,7 +83,9 @@ def check_sets(sets):
     """ValueError where a set is too small for the measures of a cluster."""
     for name, rows in sets.items():
         if len(rows) < 2:
-            raise ValueError(f"{name}: {len(rows)} prompts; the measures of a cluster need 2, and better 50")
+            raise ValueError(
+                f"{name}: {len(rows)} prompts; the measures of a cluster need 2, and better 50"
+            )
 
 
 def measure(model, tokenizer, sets, max_len, before=None, attacked=True):
@@ -73,15 +94,21 @@ def measure(model, tokenizer, sets, max_len, before=None, attacked=True):
     if attacked:
         check_room(tokenizer, sets["unsafe"], max_len)
     found = [*answers(model, tokenizer, sets)]
-    inputs = {name: plain(tokenizer, [row["prompt"] for row in rows]) for name, rows in sets.items()}
-    for name, verdicts, suffixed in attack(model, tokenizer, sets["unsafe"], max_len) if attacked else ():
+    inputs = {
+        name: plain(tokenizer, [row["prompt"] for row in rows]) for name, rows in sets.items()
+    }
+    for name, verdicts, suffixed in (
+        attack(model, tokenizer, sets["unsafe"], max_len) if attacked else ()
+    ):
         found += shares(name, verdicts)
         if name == LONGEST_SUFFIX:
             inputs[name] = suffixed
     a, a_hat = {}, {}
     for name, prompts in tqdm(inputs.items(), desc="look inside", leave=False):
         a[name], a_hat[name] = mlp_streams(model, prompts)
-        found += [(name, None, metric, value) for metric, value in lipschitz(model, prompts).items()]
+        found += [
+            (name, None, metric, value) for metric, value in lipschitz(model, prompts).items()
+        ]
     found += cluster_measures(a_hat)
     if before:
         found += change_measures(before, model, a)
@@ -134,23 +161,48 @@ def print_answers(series):
     """Shares of every set, means over seeds: a column per protocol."""
     protocols = series.protocols("safe", "comply")
     names = {name: None for protocol in protocols for name in series.sets(protocol, "comply")}
-    cell = lambda protocol, name: " ".join(f"{100 * series.mean(protocol, name, verdict)[0]:3.0f}" for verdict in VERDICTS)
-    print_table([["set", *protocols]] + [[name, *(cell(protocol, name) for protocol in protocols)] for name in names])
+    cell = lambda protocol, name: " ".join(
+        f"{100 * series.mean(protocol, name, verdict)[0]:3.0f}" for verdict in VERDICTS
+    )
+    print_table(
+        [["set", *protocols]]
+        + [[name, *(cell(protocol, name) for protocol in protocols)] for name in names]
+    )
     print("of each set the shares that are answered, refused, and neither, in %")
 
 
-LAYER_METRICS = (("unsafe", "separation"), ("unsafe", "fisher"), ("unsafe", "sigma1_share"), ("safe", "sigma1_share"),
-                 (None, "sin_theta"), (None, "sin_theta_random"), ("unsafe", "delta_a"), ("safe", "delta_a"))
+LAYER_METRICS = (
+    ("unsafe", "separation"),
+    ("unsafe", "fisher"),
+    ("unsafe", "sigma1_share"),
+    ("safe", "sigma1_share"),
+    (None, "sin_theta"),
+    (None, "sin_theta_random"),
+    ("unsafe", "delta_a"),
+    ("safe", "delta_a"),
+)
 
 
 def print_layers(series):
     """The measures inside, means over seeds: a line per protocol and layer."""
-    rows = [["protocol", "layer", *(f"{metric} {name or ''}".strip() for name, metric in LAYER_METRICS)]]
+    rows = [
+        ["protocol", "layer", *(f"{metric} {name or ''}".strip() for name, metric in LAYER_METRICS)]
+    ]
     for protocol in series.protocols("unsafe", "separation"):
-        columns = [dict(zip(series.layers(protocol, *which), series.mean(protocol, *which)))
-                   if protocol in series.protocols(*which) else {} for which in LAYER_METRICS]
+        columns = [
+            dict(zip(series.layers(protocol, *which), series.mean(protocol, *which)))
+            if protocol in series.protocols(*which)
+            else {}
+            for which in LAYER_METRICS
+        ]
         for j in columns[0]:
-            rows.append([protocol, str(j), *(f"{column[j]:.3f}" if j in column else "" for column in columns)])
+            rows.append(
+                [
+                    protocol,
+                    str(j),
+                    *(f"{column[j]:.3f}" if j in column else "" for column in columns),
+                ]
+            )
     print_table(rows)
     if not series.protocols(None, "sin_theta"):
         print("no layer's MLP (gate_proj, up_proj) was trained: there is no ΔW to look at")

@@ -1,25 +1,48 @@
 """The world's tables, read from the runs that laboratory.py made: table.json, table.md, and what is printed."""
+
 from minisap import laboratory
 from minisap.attacks import ATTACKS
 from minisap.checkpoint import read_json, read_object
 from minisap.evaluate import print_table, read_measured
 from minisap.laboratory import FEW, run_cells, told
 from minisap.resume import read_run_args
-from minisap.table import at, budget, comparisons, last, over_seeds, print_comparisons, share_cell, write_table
+from minisap.table import (
+    at,
+    budget,
+    comparisons,
+    last,
+    over_seeds,
+    print_comparisons,
+    share_cell,
+    write_table,
+)
 
-SENSITIVE = {"harmful_score": "harmful %", "refusal_rate": "refused %", "over_refusal": "over-refusal %", "task_accuracy": "task accuracy %", "task_loss": "task loss"}
+SENSITIVE = {
+    "harmful_score": "harmful %",
+    "refusal_rate": "refused %",
+    "over_refusal": "over-refusal %",
+    "task_accuracy": "task accuracy %",
+    "task_loss": "task loss",
+}
 
 
 def records_of(folder, run):
     """{method: its records, the start's among them} of a run directory."""
     start = read_measured(folder / run / "start.json")
-    return {file.parent.name: start + read_measured(file) for file in sorted((folder / run).glob("*/eval.json"))}
+    return {
+        file.parent.name: start + read_measured(file)
+        for file in sorted((folder / run).glob("*/eval.json"))
+    }
 
 
 def runs_of(folder, setting, seeds):
     """{method: {seed: records}} of a setting: its methods, those with flags of their own, SFT after its stages."""
     _, methods, variants, stages = laboratory.SETTINGS[setting]
-    names = {setting: None, **{f"{setting}-variant{i}": label for i, label in enumerate(variants)}, **{f"{setting}-{stage}": f"{stage}, then sft" for stage in stages}}
+    names = {
+        setting: None,
+        **{f"{setting}-variant{i}": label for i, label in enumerate(variants)},
+        **{f"{setting}-{stage}": f"{stage}, then sft" for stage in stages},
+    }
     found = {}
     for seed in seeds:
         for name, label in names.items():
@@ -33,7 +56,14 @@ def sweep_of(folder, seeds):
     found = []
     for p, name in laboratory.SWEEP.items():
         runs = [records_of(folder, f"{name}/seed{seed}") for seed in seeds]
-        found += [{"p": p, "method": method, **over_seeds([last(run[method], "harmful_score") for run in runs])} for method in laboratory.SWEPT.split()]
+        found += [
+            {
+                "p": p,
+                "method": method,
+                **over_seeds([last(run[method], "harmful_score") for run in runs]),
+            }
+            for method in laboratory.SWEPT.split()
+        ]
     return found
 
 
@@ -41,21 +71,44 @@ def filter_of(folder, seeds):
     """{setting: {"found": share of the harmful rows that sap leaves out, "harmless": of the others, each seed's}}."""
     shares = {}
     for setting in laboratory.SETTINGS:
-        each = [read_object(folder / setting / f"seed{seed}" / "sap" / "filter.json") for seed in seeds]
-        shares[setting] = {"found": [r["poisoned_left_out"] / r["poisoned"] for r in each if r["poisoned"]],
-                           "harmless": [(r["left_out"] - r["poisoned_left_out"]) / (r["rows"] - r["poisoned"]) for r in each]}
+        each = [
+            read_object(folder / setting / f"seed{seed}" / "sap" / "filter.json") for seed in seeds
+        ]
+        shares[setting] = {
+            "found": [r["poisoned_left_out"] / r["poisoned"] for r in each if r["poisoned"]],
+            "harmless": [
+                (r["left_out"] - r["poisoned_left_out"]) / (r["rows"] - r["poisoned"]) for r in each
+            ],
+        }
     return shares
 
 
 def sensitivity_of(folder, seeds):
     """[{setting, metric, mean over seeds}] after the last step; first of what "poisoned" has, too, as it stands there."""
     settings, (_, here, variants, _) = laboratory.SENSITIVITY, laboratory.SETTINGS["poisoned"]
-    places = {method: "poisoned" for method in dict.fromkeys(setting.split()[0] for setting in settings) if method in here.split()}
-    places |= {variant: f"poisoned-variant{i}" for i, variant in enumerate(variants) if any(setting.startswith(f"{variant} ") for setting in settings)}
+    places = {
+        method: "poisoned"
+        for method in dict.fromkeys(setting.split()[0] for setting in settings)
+        if method in here.split()
+    }
+    places |= {
+        variant: f"poisoned-variant{i}"
+        for i, variant in enumerate(variants)
+        if any(setting.startswith(f"{variant} ") for setting in settings)
+    }
     found = []
-    for setting, place in (places | {setting: f"setting{i}" for i, setting in enumerate(settings)}).items():
+    for setting, place in (
+        places | {setting: f"setting{i}" for i, setting in enumerate(settings)}
+    ).items():
         runs = [records_of(folder, f"{place}/seed{seed}")[setting.split()[0]] for seed in seeds]
-        found += [{"setting": setting, "metric": metric, **over_seeds([last(records, metric) for records in runs])} for metric in SENSITIVE]
+        found += [
+            {
+                "setting": setting,
+                "metric": metric,
+                **over_seeds([last(records, metric) for records in runs]),
+            }
+            for metric in SENSITIVE
+        ]
     return found
 
 
@@ -73,10 +126,25 @@ def budgets_of(folder, seeds):
     found = []
     for defence in laboratory.DEFENCES:
         for rows, rate in laboratory.BUDGETS:
-            runs = [records_of(folder, f"attack/{defence}-{rows}-{rate}/seed{seed}")["sft"] for seed in seeds]
+            runs = [
+                records_of(folder, f"attack/{defence}-{rows}-{rate}/seed{seed}")["sft"]
+                for seed in seeds
+            ]
             for step in sorted({r["step"] for r in runs[0]}):
-                harmful, refused = ([at(records, metric, step) for records in runs] for metric in ("harmful_score", "refusal_rate"))
-                found.append({"defence": defence, "rows": rows, "learning_rate": rate, "step": step, **over_seeds(harmful), "refused": over_seeds(refused)["each"]})
+                harmful, refused = (
+                    [at(records, metric, step) for records in runs]
+                    for metric in ("harmful_score", "refusal_rate")
+                )
+                found.append(
+                    {
+                        "defence": defence,
+                        "rows": rows,
+                        "learning_rate": rate,
+                        "step": step,
+                        **over_seeds(harmful),
+                        "refused": over_seeds(refused)["each"],
+                    }
+                )
             found[-1]["steps_to_break"] = [steps_to_break(records) for records in runs]
     return found
 
@@ -85,10 +153,30 @@ def attacks_of(folder, seeds):
     """[{method, letters, attack, harmful score over seeds, each seed's "refused"}]."""
     found = []
     for letters in laboratory.STYLES:
-        files = [(laboratory.attacked_paths(f"seed{seed}"), read_json(folder / f"attacked/{letters}-seed{seed}.json")) for seed in seeds]
-        of = lambda method, metric: [r for names, records in files for r in records if (names[r["model"]], r["metric"]) == (method, metric)]
-        found += [{"method": method, "letters": letters, "attack": name, **over_seeds(of(method, f"harmful_score_{name}")),
-                   "refused": over_seeds(of(method, f"refusal_rate_{name}"))["each"]} for method in laboratory.ATTACKED for name in ATTACKS]
+        files = [
+            (
+                laboratory.attacked_paths(f"seed{seed}"),
+                read_json(folder / f"attacked/{letters}-seed{seed}.json"),
+            )
+            for seed in seeds
+        ]
+        of = lambda method, metric: [
+            r
+            for names, records in files
+            for r in records
+            if (names[r["model"]], r["metric"]) == (method, metric)
+        ]
+        found += [
+            {
+                "method": method,
+                "letters": letters,
+                "attack": name,
+                **over_seeds(of(method, f"harmful_score_{name}")),
+                "refused": over_seeds(of(method, f"refusal_rate_{name}"))["each"],
+            }
+            for method in laboratory.ATTACKED
+            for name in ATTACKS
+        ]
     return found
 
 
@@ -98,19 +186,54 @@ def other_tables(found):
     refused = lambda r: f"{100 * sum(r['refused']) / few:.0f}"
     steps = lambda r: " ".join("–" if n is None else f"{n:.0f}" for n in r["steps_to_break"])
     ends = [r for r in found["budgets"] if "steps_to_break" in r]
-    chosen = [{"setting": setting, "of": of, "each": each[:1] if len(set(each)) == 1 else each} for setting, shares in found["filter"].items() for of, each in shares.items()]
+    chosen = [
+        {"setting": setting, "of": of, "each": each[:1] if len(set(each)) == 1 else each}
+        for setting, shares in found["filter"].items()
+        for of, each in shares.items()
+    ]
     return [
-        crossed("% of the rows that sap's filter leaves out: each seed, or one number where all seeds have the same", "setting", chosen, lambda r: r["setting"],
-                lambda r: {"found": "of the harmful rows", "harmless": "of the others"}[r["of"]], lambda r: ", ".join(f"{100 * share:.1f}" for share in r["each"])),
-        crossed(f"one setting changed, one harmful row in ten: mean of {few} seeds [95 % interval]", "setting", found["sensitivity"], lambda r: r["setting"],
-                lambda r: SENSITIVE[r["metric"]], lambda r: f"{r['mean']:.3f}" if r["metric"] == "task_loss" else share_cell(r)),
-        crossed(f"harmful % by the share of harmful rows, which is exact: mean of {few} seeds [95 % interval]", "method", found["sweep"], lambda r: r["method"],
-                lambda r: f"p = {r['p']:g}", share_cell),
-        crossed(f"steps of adversarial fine-tuning until half of the unsafe prompts are answered, each of {few} seeds (–: not within {ends[0]['step']}); "
-                "after the last step: answered % [95 % interval]; refused %", "defence", ends, lambda r: r["defence"],
-                lambda r: f"{r['rows']} at {r['learning_rate']:g}", lambda r: f"{steps(r)}; {share_cell(r)}; {refused(r)}"),
-        crossed(f"harmful % under attack, after one harmful row in ten: mean of {few} seeds [95 % interval]; refused %", "method, letters", found["attacks"],
-                lambda r: f"{r['method']}, {r['letters']}", lambda r: r["attack"], lambda r: f"{share_cell(r)}; {refused(r)}")]
+        crossed(
+            "% of the rows that sap's filter leaves out: each seed, or one number where all seeds have the same",
+            "setting",
+            chosen,
+            lambda r: r["setting"],
+            lambda r: {"found": "of the harmful rows", "harmless": "of the others"}[r["of"]],
+            lambda r: ", ".join(f"{100 * share:.1f}" for share in r["each"]),
+        ),
+        crossed(
+            f"one setting changed, one harmful row in ten: mean of {few} seeds [95 % interval]",
+            "setting",
+            found["sensitivity"],
+            lambda r: r["setting"],
+            lambda r: SENSITIVE[r["metric"]],
+            lambda r: f"{r['mean']:.3f}" if r["metric"] == "task_loss" else share_cell(r),
+        ),
+        crossed(
+            f"harmful % by the share of harmful rows, which is exact: mean of {few} seeds [95 % interval]",
+            "method",
+            found["sweep"],
+            lambda r: r["method"],
+            lambda r: f"p = {r['p']:g}",
+            share_cell,
+        ),
+        crossed(
+            f"steps of adversarial fine-tuning until half of the unsafe prompts are answered, each of {few} seeds (–: not within {ends[0]['step']}); "
+            "after the last step: answered % [95 % interval]; refused %",
+            "defence",
+            ends,
+            lambda r: r["defence"],
+            lambda r: f"{r['rows']} at {r['learning_rate']:g}",
+            lambda r: f"{steps(r)}; {share_cell(r)}; {refused(r)}",
+        ),
+        crossed(
+            f"harmful % under attack, after one harmful row in ten: mean of {few} seeds [95 % interval]; refused %",
+            "method, letters",
+            found["attacks"],
+            lambda r: f"{r['method']}, {r['letters']}",
+            lambda r: r["attack"],
+            lambda r: f"{share_cell(r)}; {refused(r)}",
+        ),
+    ]
 
 
 def crossed(title, corner, found, row, column, cell):
@@ -119,7 +242,10 @@ def crossed(title, corner, found, row, column, cell):
     for r in found:
         lines.setdefault(row(r), {})[column(r)] = cell(r)
     columns = dict.fromkeys(map(column, found))
-    return title, [[corner, *columns], *([name, *(cells.get(one, "") for one in columns)] for name, cells in lines.items())]
+    return title, [
+        [corner, *columns],
+        *([name, *(cells.get(one, "") for one in columns)] for name, cells in lines.items()),
+    ]
 
 
 def run_laboratory(folder, seeds, n_eval, reference):
@@ -129,21 +255,50 @@ def run_laboratory(folder, seeds, n_eval, reference):
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: one of them stands twice")
     settings = laboratory.SETTINGS
-    shared = [method for method in laboratory.COMPARED.split() if all(method in methods.split() for _, methods, *_ in settings.values())]
+    shared = [
+        method
+        for method in laboratory.COMPARED.split()
+        if all(method in methods.split() for _, methods, *_ in settings.values())
+    ]
     if reference not in shared:
-        raise ValueError(f"--against {reference}: the table has {', '.join(shared)} in all settings")
+        raise ValueError(
+            f"--against {reference}: the table has {', '.join(shared)} in all settings"
+        )
     run_cells(folder, seeds, n_eval)
-    found = {"date": told(folder, "date")[-1], "commits": told(folder, "commit"), "seeds": seeds, "n_eval": n_eval, "against": reference, "settings": {}, "budget": {}}
+    found = {
+        "date": told(folder, "date")[-1],
+        "commits": told(folder, "commit"),
+        "seeds": seeds,
+        "n_eval": n_eval,
+        "against": reference,
+        "settings": {},
+        "budget": {},
+    }
     parts = []
     args_of = lambda name: read_run_args(folder / name / f"seed{seeds[0]}" / "train_args.json")
     for setting in settings:
         runs = runs_of(folder, setting, seeds)
         found["settings"][setting] = comparisons(runs, reference)
-        found["budget"][setting] = f"train.py {settings[setting][0]}: {budget(args_of(setting), runs, args_of('first-aligned'))}"
+        found["budget"][setting] = (
+            f"train.py {settings[setting][0]}: {budget(args_of(setting), runs, args_of('first-aligned'))}"
+        )
         print(f"\n{setting}")
-        parts.append((setting, *print_comparisons(found["settings"][setting], runs, reference, found["budget"][setting])))
+        parts.append(
+            (
+                setting,
+                *print_comparisons(
+                    found["settings"][setting], runs, reference, found["budget"][setting]
+                ),
+            )
+        )
     few = seeds[:FEW]
-    found |= {"filter": filter_of(folder, seeds), "sensitivity": sensitivity_of(folder, few), "sweep": sweep_of(folder, few), "budgets": budgets_of(folder, few), "attacks": attacks_of(folder, few)}
+    found |= {
+        "filter": filter_of(folder, seeds),
+        "sensitivity": sensitivity_of(folder, few),
+        "sweep": sweep_of(folder, few),
+        "budgets": budgets_of(folder, few),
+        "attacks": attacks_of(folder, few),
+    }
     for title, rows in other_tables(found):
         print(f"\n{title}")
         print_table(rows)

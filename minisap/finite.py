@@ -1,4 +1,5 @@
 """A run ends where one of its numbers is NaN or infinite."""
+
 import math
 
 

@@ -4,6 +4,7 @@
 a       its input there
 ΔW      W_after − W_before of a layer's MLP input matrices, gate_proj over up_proj: (2 · intermediate_size, hidden_size)
 """
+
 import math
 
 import torch
@@ -17,8 +18,8 @@ from minisap.model import widen
 from minisap.sap import copies, harmful_direction, inner, put, unit, useful_loss
 from minisap.stats import student
 
-ENERGY = 0.99                                                               # the share of ‖W‖² that spans its column space
-WRITTEN = 0.9                                                               # the share of ‖ΔW‖² that stands for what training wrote
+ENERGY = 0.99  # the share of ‖W‖² that spans its column space
+WRITTEN = 0.9  # the share of ‖ΔW‖² that stands for what training wrote
 
 
 @torch.no_grad()
@@ -28,8 +29,14 @@ def mlp_streams(model, inputs):
     found = []
     for ids, shift in inputs:
         streams = []
-        model.model(torch.tensor([ids], device=model.lm_head.weight.device), None if shift is None else {-1: shift}, mlp_streams=streams)
-        found.append([torch.stack([widen(x[0, -1]).cpu() for x in stream]) for stream in zip(*streams)])
+        model.model(
+            torch.tensor([ids], device=model.lm_head.weight.device),
+            None if shift is None else {-1: shift},
+            mlp_streams=streams,
+        )
+        found.append(
+            [torch.stack([widen(x[0, -1]).cpu() for x in stream]) for stream in zip(*streams)]
+        )
     return tuple(torch.stack(stream, dim=1) for stream in zip(*found))
 
 
@@ -38,7 +45,10 @@ def tau(x, unsafe, safe, x_is=None):
     safe. Where x_is "unsafe" or "safe", that very cloud, every row meets the mean of the others there, lest it looks nearer than a
     new prompt would."""
     others = (x.sum(0) - x) / (len(x) - 1)
-    centre_unsafe, centre_safe = (others if x_is == name else cloud.mean(0) for name, cloud in (("unsafe", unsafe), ("safe", safe)))
+    centre_unsafe, centre_safe = (
+        others if x_is == name else cloud.mean(0)
+        for name, cloud in (("unsafe", unsafe), ("safe", safe))
+    )
     return (x - centre_unsafe).norm(dim=-1) - (x - centre_safe).norm(dim=-1)
 
 
@@ -46,8 +56,12 @@ def clusters(unsafe, safe):
     """Two clouds (n, M): {"separation": mean τ of safe − of unsafe prompts, "fisher": squared distance of the means over the sum
     of the total variances}."""
     spread = sum((x - x.mean(0)).pow(2).sum() / (len(x) - 1) for x in (unsafe, safe))
-    return {"separation": (tau(safe, unsafe, safe, "safe").mean() - tau(unsafe, unsafe, safe, "unsafe").mean()).item(),
-            "fisher": ((unsafe.mean(0) - safe.mean(0)).pow(2).sum() / spread).item()}
+    return {
+        "separation": (
+            tau(safe, unsafe, safe, "safe").mean() - tau(unsafe, unsafe, safe, "unsafe").mean()
+        ).item(),
+        "fisher": ((unsafe.mean(0) - safe.mean(0)).pow(2).sum() / spread).item(),
+    }
 
 
 def sigma1_share(x):
@@ -68,7 +82,7 @@ def leading_directions(W, share):
     if not sigma.any():
         return U[:, :0]
     energy = sigma.pow(2).cumsum(0) / sigma.pow(2).sum()
-    return U[:, :int((energy < share).sum()) + 1]
+    return U[:, : int((energy < share).sum()) + 1]
 
 
 def column_space(W_before, svd, random_draws=200, seed=0):
@@ -79,16 +93,24 @@ def column_space(W_before, svd, random_draws=200, seed=0):
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(len(U), random_draws, generator=generator, dtype=U.dtype)
     sine = lambda v: (1 - (U.T @ v).pow(2).sum(0)).clamp(min=0).sqrt()
-    return {"sin_theta": (sine(u) @ s.pow(2) / s.pow(2).sum()).item(),
-            "sin_theta_random": sine(random / random.norm(dim=0)).mean().item(), "rank": U.shape[1]}
+    return {
+        "sin_theta": (sine(u) @ s.pow(2) / s.pow(2).sum()).item(),
+        "sin_theta_random": sine(random / random.norm(dim=0)).mean().item(),
+        "rank": U.shape[1],
+    }
 
 
 def row_space(svd, a):
     """How much ΔW sees of inputs a (n, D), scaled to norm 1: {"delta_a": ‖ΔW a‖, "delta_a_top": |σ₁ v₁ᵀ a|}, means over rows.
     svd: of ΔW, (U, σ, Vᵀ)."""
     _, sigma, Vt = svd
-    seen = sigma * ((a / a.norm(dim=-1, keepdim=True)).to(Vt) @ Vt.T)                  # U turns it, and leaves its norm
-    return {"delta_a": seen.norm(dim=-1).mean().item(), "delta_a_top": seen[:, 0].abs().mean().item()}
+    seen = sigma * (
+        (a / a.norm(dim=-1, keepdim=True)).to(Vt) @ Vt.T
+    )  # U turns it, and leaves its norm
+    return {
+        "delta_a": seen.norm(dim=-1).mean().item(),
+        "delta_a_top": seen[:, 0].abs().mean().item(),
+    }
 
 
 def lipschitz(model, inputs):
@@ -98,13 +120,20 @@ def lipschitz(model, inputs):
     for ids, shift in inputs:
         ids = torch.tensor([ids], device=model.lm_head.weight.device)
         words = model.model.embed_tokens(ids).detach()
-        probe = {-1: torch.zeros_like(words, requires_grad=True) if shift is None else shift[None].to(words).requires_grad_()}
+        probe = {
+            -1: torch.zeros_like(words, requires_grad=True)
+            if shift is None
+            else shift[None].to(words).requires_grad_()
+        }
         E = words + probe[-1].detach()
         logits = widen(model.lm_head(model.model(ids, probe)[0, -1]))
-        raw, = torch.autograd.grad(logits.max(), probe[-1], retain_graph=True)
-        relative, = torch.autograd.grad((logits.max() - logits.mean()).log(), probe[-1])
+        (raw,) = torch.autograd.grad(logits.max(), probe[-1], retain_graph=True)
+        (relative,) = torch.autograd.grad((logits.max() - logits.mean()).log(), probe[-1])
         found.append((widen(raw).norm().item(), (widen(E).norm() * widen(relative).norm()).item()))
-    return {name: sum(column) / len(found) for name, column in zip(("lipschitz", "lipschitz_relative"), zip(*found))}
+    return {
+        name: sum(column) / len(found)
+        for name, column in zip(("lipschitz", "lipschitz_relative"), zip(*found))
+    }
 
 
 @torch.no_grad()
@@ -124,8 +153,17 @@ def safety_writing(before, after, names):
     return found
 
 
-WATCHED = ("task_cosine", "update_cosine", "drift_norm", "drift_cosine", "separation", "safety_cosine", "safety_share", "safety_share_random")
-HARM_ROWS = 32                                                              # held-out unsafe rows, at most, on which ĝ_0 is taken
+WATCHED = (
+    "task_cosine",
+    "update_cosine",
+    "drift_norm",
+    "drift_cosine",
+    "separation",
+    "safety_cosine",
+    "safety_share",
+    "safety_share_random",
+)
+HARM_ROWS = 32  # held-out unsafe rows, at most, on which ĝ_0 is taken
 
 
 class Watch:
@@ -141,20 +179,42 @@ class Watch:
     safety_share_random    the same share of a random matrix: what their number alone gives"""
 
     def __init__(self, model, W, tokenizer, unsafe_rows, safe_prompts, max_len, before=None):
-        self.inputs = plain(tokenizer, [row["prompt"] for row in unsafe_rows]), plain(tokenizer, safe_prompts)
+        self.inputs = (
+            plain(tokenizer, [row["prompt"] for row in unsafe_rows]),
+            plain(tokenizer, safe_prompts),
+        )
         self.W_start = copies(W)
-        held_out = collate_pairs(encode_pairs(tokenizer, unsafe_rows[:HARM_ROWS], max_len), model.lm_head.weight.device)
+        held_out = collate_pairs(
+            encode_pairs(tokenizer, unsafe_rows[:HARM_ROWS], max_len), model.lm_head.weight.device
+        )
         self.g_start = harmful_direction(model, W, held_out)
         self.lora = {f"{name}.weight" for name, *_ in lora_layers(model)}
-        names = self.lora or {name for name, w in model.named_parameters() if name.endswith("proj.weight")}
-        self.start = {} if self.lora else {name: w for (name, _), w in zip(model.named_parameters(), self.W_start) if name in names}
+        names = self.lora or {
+            name for name, w in model.named_parameters() if name.endswith("proj.weight")
+        }
+        self.start = (
+            {}
+            if self.lora
+            else {
+                name: w
+                for (name, _), w in zip(model.named_parameters(), self.W_start)
+                if name in names
+            }
+        )
         self.writing = safety_writing(before, model, sorted(names)) if before else {}
 
     def changes(self, model):
         """{name: ΔW} of the trained matrices."""
         if self.lora:
-            return {f"{name}.weight": layer.scale * (layer.lora_B @ layer.lora_A).detach() for name, _, _, layer in lora_layers(model)}
-        return {name: widen(w.detach() - self.start[name]) for name, w in model.named_parameters() if name in self.start}
+            return {
+                f"{name}.weight": layer.scale * (layer.lora_B @ layer.lora_A).detach()
+                for name, _, _, layer in lora_layers(model)
+            }
+        return {
+            name: widen(w.detach() - self.start[name])
+            for name, w in model.named_parameters()
+            if name in self.start
+        }
 
     def __call__(self, model, W, W_before, batch, contrast):
         """W_before: the weights before the step's update; the gradients are taken there."""
@@ -166,25 +226,42 @@ class Watch:
         minus = lambda a, b: [x - y for x, y in zip(a, b)]
         drift = minus(W_now, self.W_start)
         unsafe, safe = (mlp_streams(model, inputs)[1] for inputs in self.inputs)
-        found = {"task_cosine": cosine(task, g_hat), "update_cosine": cosine(minus(W_now, W_before), g_hat),
-                 "drift_norm": math.sqrt(inner(drift, drift)), "drift_cosine": cosine(drift, self.g_start),
-                 "separation": [clusters(u, s)["separation"] for u, s in zip(unsafe, safe)]}
+        found = {
+            "task_cosine": cosine(task, g_hat),
+            "update_cosine": cosine(minus(W_now, W_before), g_hat),
+            "drift_norm": math.sqrt(inner(drift, drift)),
+            "drift_cosine": cosine(drift, self.g_start),
+            "separation": [clusters(u, s)["separation"] for u, s in zip(unsafe, safe)],
+        }
         return found | (self.against_safety(self.changes(model)) if self.writing else {})
 
     def against_safety(self, changes):
         names = sorted(self.writing)
         total = sum(changes[name].pow(2).sum() for name in names).item()
-        inside = sum((self.writing[name][1].T @ changes[name]).pow(2).sum() for name in names).item()
-        chance = sum(changes[name].pow(2).sum() * self.writing[name][1].shape[1] / len(changes[name]) for name in names).item()
-        return {"safety_cosine": cosine([changes[n] for n in names], [self.writing[n][0] for n in names]),
-                "safety_share": inside / max(total, 1e-30), "safety_share_random": chance / max(total, 1e-30)}
+        inside = sum(
+            (self.writing[name][1].T @ changes[name]).pow(2).sum() for name in names
+        ).item()
+        chance = sum(
+            changes[name].pow(2).sum() * self.writing[name][1].shape[1] / len(changes[name])
+            for name in names
+        ).item()
+        return {
+            "safety_cosine": cosine(
+                [changes[n] for n in names], [self.writing[n][0] for n in names]
+            ),
+            "safety_share": inside / max(total, 1e-30),
+            "safety_share_random": chance / max(total, 1e-30),
+        }
 
 
 def last_watched(log_file):
     """What --watch logged last, {"step", metric: value}, "separation" of the last layer; {} where nothing was watched."""
     lines = [line for line in parse_log(read_text(log_file), log_file) if "separation" in line]
-    return {key: value[-1] if isinstance(value, list) else value
-            for key, value in (lines[-1] if lines else {}).items() if key in ("step", *WATCHED)}
+    return {
+        key: value[-1] if isinstance(value, list) else value
+        for key, value in (lines[-1] if lines else {}).items()
+        if key in ("step", *WATCHED)
+    }
 
 
 def print_watched(runs):
@@ -193,11 +270,15 @@ def print_watched(runs):
     for file in sorted(file for run in runs for file in run.glob("*/log.jsonl")):
         line = last_watched(file)
         if line:
-            found.setdefault((file.parent.name, line.pop("step") + 1), []).append(line)        # steps done, as in every table
+            found.setdefault((file.parent.name, line.pop("step") + 1), []).append(
+                line
+            )  # steps done, as in every table
     rows = [["method", "step", *WATCHED]]
     for (method, step), lines in sorted(found.items()):
         columns = [[line[metric] for line in lines if metric in line] for metric in WATCHED]
-        rows.append([method, str(step), *(format_mean(column) if column else "" for column in columns)])
+        rows.append(
+            [method, str(step), *(format_mean(column) if column else "" for column in columns)]
+        )
     if found:
         print_table(rows)
 
@@ -206,7 +287,9 @@ def format_mean(values):
     """'0.39 [0.37, 0.41] (0.38, 0.40)': mean, Student's interval, and each; one value stands alone."""
     each = ", ".join(f"{value:.2f}" for value in values)
     low, high = student(values) if len(values) > 1 else (None, None)
-    return each if low is None else f"{sum(values) / len(values):.2f} [{low:.2f}, {high:.2f}] ({each})"
+    return (
+        each if low is None else f"{sum(values) / len(values):.2f} [{low:.2f}, {high:.2f}] ({each})"
+    )
 
 
 def cosine(a, b):

@@ -5,6 +5,7 @@ args    gate, projection, safety_weight, refusal_weight, refresh, layers, radius
 state   {"step": the number of this one} and whatever tensors and numbers the method keeps there; it is saved with the run
 A method may choose its rows before the first step (FILTERS, below), and change W after the last (ENDINGS, in rivals.py).
 """
+
 import time
 from contextlib import contextmanager
 
@@ -18,11 +19,23 @@ from minisap.data import rows_of_run
 from minisap.finite import NotFinite
 from minisap.model import widen
 from minisap.rivals import RIVALS, task_step
-from minisap.sap import (fit_rows, gradient, harmful_direction, mean_harmful_tokens, median_norm, paper_step, probe_gradient_by_difference,
-                         safety_gradient, sap_step, useful_loss)
+from minisap.sap import (
+    fit_rows,
+    gradient,
+    harmful_direction,
+    mean_harmful_tokens,
+    median_norm,
+    paper_step,
+    probe_gradient_by_difference,
+    safety_gradient,
+    sap_step,
+    useful_loss,
+)
 
-FORWARD_BATCHES = 4                     # the filter asks the rows of so many batches at a time: forward mode keeps nothing for a backward pass
-WARN_ABOVE = 1 / 4                      # the share of the rows that nobody marked as poisoned beyond which leaving them out is worth a warning
+FORWARD_BATCHES = 4  # the filter asks the rows of so many batches at a time: forward mode keeps nothing for a backward pass
+WARN_ABOVE = (
+    1 / 4
+)  # the share of the rows that nobody marked as poisoned beyond which leaving them out is worth a warning
 
 
 def sft(model, W, batch, contrast, args, state):
@@ -32,8 +45,17 @@ def sft(model, W, batch, contrast, args, state):
 
 def sap(model, W, batch, contrast, args, state):
     """Safety-Aware Probing with the probe on the rows (see choose_rows), the projection and the safety loss's own gradient; see sap.py."""
-    return sap_step(model, W, batch, contrast, state, projection=args.projection == "on", safety_weight=args.safety_weight, refusal_weight=args.refusal_weight,
-                    refresh=args.refresh)
+    return sap_step(
+        model,
+        W,
+        batch,
+        contrast,
+        state,
+        projection=args.projection == "on",
+        safety_weight=args.safety_weight,
+        refusal_weight=args.refusal_weight,
+        refresh=args.refresh,
+    )
 
 
 def choose_rows(model, W, task, pairs, args):
@@ -43,7 +65,15 @@ def choose_rows(model, W, task, pairs, args):
     kept = [True] * len(places)
     if args.gate:
         g_safe = safety_gradient(model, W, pairs, args.pairs_per_step)
-        kept = fit_rows(model, W, g_safe, [task[i] for i in places], args.gate, mean_harmful_tokens(pairs), FORWARD_BATCHES * args.batch_size).tolist()
+        kept = fit_rows(
+            model,
+            W,
+            g_safe,
+            [task[i] for i in places],
+            args.gate,
+            mean_harmful_tokens(pairs),
+            FORWARD_BATCHES * args.batch_size,
+        ).tolist()
     of_place = dict(zip(places, kept))
     return [of_place.get(i) for i in range(len(task))]
 
@@ -53,19 +83,45 @@ def filter_report(task, kept):
     known whether they are poisoned."""
     asked = [(example, one) for example, one in zip(task, kept) if one is not None]
     out = [example for example, one in asked if not one]
-    return {"rows": len(asked), "left_out": len(out), "poisoned": sum(example["poisoned"] for example, _ in asked),
-            "poisoned_left_out": sum(example["poisoned"] for example in out), "sources_left_out": [example["source"] for example in out]}
+    return {
+        "rows": len(asked),
+        "left_out": len(out),
+        "poisoned": sum(example["poisoned"] for example, _ in asked),
+        "poisoned_left_out": sum(example["poisoned"] for example in out),
+        "sources_left_out": [example["source"] for example in out],
+    }
 
 
 def paper(model, W, batch, contrast, args, state):
     """Safety-Aware Probing as published (arXiv 2505.16737), as far as we know it: the probe on hidden states, nothing more. β is
     replaced by a norm (see fit_probe), and line 4 is exact, unless --epsilon asks for a difference."""
-    return paper_step(model, W, batch, contrast, state, args.layers, args.radius, args.epsilon, refresh=args.refresh)
+    return paper_step(
+        model,
+        W,
+        batch,
+        contrast,
+        state,
+        args.layers,
+        args.radius,
+        args.epsilon,
+        refresh=args.refresh,
+    )
 
 
 def paper_project(model, W, batch, contrast, args, state):
     """The same, and sap's projection after it."""
-    return paper_step(model, W, batch, contrast, state, args.layers, args.radius, args.epsilon, projection=True, refresh=args.refresh)
+    return paper_step(
+        model,
+        W,
+        batch,
+        contrast,
+        state,
+        args.layers,
+        args.radius,
+        args.epsilon,
+        projection=True,
+        refresh=args.refresh,
+    )
 
 
 def project(model, W, batch, contrast, args, state):
@@ -86,7 +142,7 @@ def random_probe(model, W, batch, contrast, args, state):
     return gradient(loss, W), {"loss": loss.item()}
 
 
-RELEASED_LAYERS, RELEASED_EPSILON, RELEASED_LR = (3, 9), 2e-5, 0.05          # layers of 32
+RELEASED_LAYERS, RELEASED_EPSILON, RELEASED_LR = (3, 9), 2e-5, 0.05  # layers of 32
 
 
 def released(model, W, batch, contrast, args, state):
@@ -95,7 +151,9 @@ def released(model, W, batch, contrast, args, state):
     V, layers = None, sorted({model.config.n_layers * j // 32 for j in RELEASED_LAYERS})
     if "batch" in state:
         g_hat = harmful_direction(model, W, contrast)
-        d, _ = probe_gradient_by_difference(model, W, g_hat, state["batch"], layers, RELEASED_EPSILON)
+        d, _ = probe_gradient_by_difference(
+            model, W, g_hat, state["batch"], layers, RELEASED_EPSILON
+        )
         V = {j: adam_step_from_zero(d_j, state, j) for j, d_j in d.items()}
     state["batch"] = batch
     loss = useful_loss(model, batch, V)
@@ -110,13 +168,38 @@ def adam_step_from_zero(d, state, j, beta_1=0.9, beta_2=0.999):
     return RELEASED_LR * (m / (1 - beta_1**count)) / ((v / (1 - beta_2**count)).sqrt() + 1e-8)
 
 
-READ_BY = {"gate": ("sap",), "projection": ("sap",), "safety_weight": ("sap",), "refusal_weight": ("sap",),
-           "refresh": ("sap", "paper", "paper_project"), "epsilon": ("paper", "paper_project"),
-           "radius": ("paper", "paper_project", "random_probe"), "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project")}
-FILTERS = {"sap": choose_rows}                                                                # before the first step, by the start's weights
-PAIRLESS = ("sft", "random_probe", "pretrain", "sam", "constrained", "ema", "safelora")       # these make no use of contrastive pairs
-METHODS = {"sft": sft, "sap": sap, "paper": paper, "paper_project": paper_project, "project": project, "random_probe": random_probe, "released": released,
-           **RIVALS, **ALIGN, "pretrain": pretrain}
+READ_BY = {
+    "gate": ("sap",),
+    "projection": ("sap",),
+    "safety_weight": ("sap",),
+    "refusal_weight": ("sap",),
+    "refresh": ("sap", "paper", "paper_project"),
+    "epsilon": ("paper", "paper_project"),
+    "radius": ("paper", "paper_project", "random_probe"),
+    "layers": ("paper", "paper_project", "random_probe", "steer", "steer_project"),
+}
+FILTERS = {"sap": choose_rows}  # before the first step, by the start's weights
+PAIRLESS = (
+    "sft",
+    "random_probe",
+    "pretrain",
+    "sam",
+    "constrained",
+    "ema",
+    "safelora",
+)  # these make no use of contrastive pairs
+METHODS = {
+    "sft": sft,
+    "sap": sap,
+    "paper": paper,
+    "paper_project": paper_project,
+    "project": project,
+    "random_probe": random_probe,
+    "released": released,
+    **RIVALS,
+    **ALIGN,
+    "pretrain": pretrain,
+}
 
 
 @contextmanager
@@ -140,9 +223,20 @@ def filter_rows(args, method, model, W, task, pairs, state, out_dir):
     found = filter_report(task, state["kept"])
     if parallel.leads():
         write_json(out_dir / "filter.json", found)
-    unmarked, unmarked_out = found["rows"] - found["poisoned"], found["left_out"] - found["poisoned_left_out"]
-    parts = f": {found['poisoned_left_out']:,} of the {found['poisoned']:,} marked as poisoned, {unmarked_out:,} of the {unmarked:,} others" if found["poisoned"] else ""
-    print(f"{method} leaves out {found['left_out']:,} of the {found['rows']:,} task rows of its {args.steps} steps{parts}")
+    unmarked, unmarked_out = (
+        found["rows"] - found["poisoned"],
+        found["left_out"] - found["poisoned_left_out"],
+    )
+    parts = (
+        f": {found['poisoned_left_out']:,} of the {found['poisoned']:,} marked as poisoned, {unmarked_out:,} of the {unmarked:,} others"
+        if found["poisoned"]
+        else ""
+    )
+    print(
+        f"{method} leaves out {found['left_out']:,} of the {found['rows']:,} task rows of its {args.steps} steps{parts}"
+    )
     if unmarked_out > WARN_ABOVE * unmarked:
-        print(f"{unmarked_out:,} of the {unmarked:,} rows that nobody marked as poisoned are left out ({out_dir / 'filter.json'} says which): if they are harmless, "
-              "a larger --gate leaves out fewer")
+        print(
+            f"{unmarked_out:,} of the {unmarked:,} rows that nobody marked as poisoned are left out ({out_dir / 'filter.json'} says which): if they are harmless, "
+            "a larger --gate leaves out fewer"
+        )

@@ -4,6 +4,7 @@ Shapes   B batch, T tokens, S cached + new tokens, D hidden_size, H n_heads, K n
 Names    Every parameter is called as in the public safetensors files, so that loading is one strict comparison.
 The probe is an argument of `forward`: x_j = layer_j(x_{j-1}) + v_j  (SAP, arXiv 2505.16737).
 """
+
 import math
 from typing import NamedTuple
 
@@ -17,13 +18,17 @@ from minisap.config import LlamaConfig
 
 def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     """Radians per position of each rotated pair, (Dh/2,), float32 as in training of the public checkpoints."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    frequency = 1.0 / config.rope_theta ** exponent
+    exponent = (
+        torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    )
+    frequency = 1.0 / config.rope_theta**exponent
     if config.rope_scaling is None:
         return frequency
     # Llama 3.1: wavelengths beyond the old context are stretched by `factor`, short ones stay, a linear ramp lies between.
     s = config.rope_scaling
-    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)      # full turns within the old context
+    turns = (
+        s["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    )  # full turns within the old context
     ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
     return torch.lerp(frequency / s["factor"], frequency, ramp.clamp(0, 1))
 
@@ -76,8 +81,9 @@ def distinct_prefixes(rows, apart=False):
 class Prefixes(NamedTuple):
     """By which N tokens stand for the B · T of a batch: what rows have in common at their beginning once, and no padding. (F.embedding has
     a faster derivative than an index.)"""
-    number: torch.Tensor                # (B, T): which of the N stands for each; any of them, for padding
-    origin: torch.Tensor                # (N,): which of the B · T each is taken from
+
+    number: torch.Tensor  # (B, T): which of the N stands for each; any of them, for padding
+    origin: torch.Tensor  # (N,): which of the B · T each is taken from
 
     @classmethod
     def of(cls, rows, T, device, apart=False, left=False):
@@ -86,7 +92,10 @@ class Prefixes(NamedTuple):
         pads = [(T - len(row)) * left for row in rows]
         whole = [[0] * pad + line + [0] * (T - pad - len(line)) for pad, line in zip(pads, numbers)]
         integers = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=device)
-        return cls(integers(whole).reshape(len(rows), T), integers([i * T + pads[i] + j for i, j in origins]))
+        return cls(
+            integers(whole).reshape(len(rows), T),
+            integers([i * T + pads[i] + j for i, j in origins]),
+        )
 
     def fold(self, x):
         """(B, T, ·) -> (1, N, ·)."""
@@ -108,7 +117,7 @@ class KVCache:
     def append(self, k, v):
         new = slice(self.used, self.used + k.shape[2])
         self.k[:, :, new], self.v[:, :, new], self.used = k, v, new.stop
-        return self.k[:, :, :self.used], self.v[:, :, :self.used]
+        return self.k[:, :, : self.used], self.v[:, :, : self.used]
 
 
 class Attention(nn.Module):
@@ -124,16 +133,22 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache, prefixes=None):
         """x (B, T, D) -> (B, T, D).  rope: (cos, sin) of every token, see rotate.  mask (B, 1, T, S) or None for causal.
         cache: this layer's KVCache while generating, else None.  prefixes: x is (1, N, D), as is what is returned; each row attends by itself."""
-        by_head = lambda one: one.unflatten(2, (-1, self.head_dim))                # (B, T, heads, Dh)
-        q, k = (rotate(by_head(project(x)), *rope).flatten(2) for project in (self.q_proj, self.k_proj))
+        by_head = lambda one: one.unflatten(2, (-1, self.head_dim))  # (B, T, heads, Dh)
+        q, k = (
+            rotate(by_head(project(x)), *rope).flatten(2) for project in (self.q_proj, self.k_proj)
+        )
         v = self.v_proj(x)
-        if prefixes is not None:                                                   # they are of N tokens so far
+        if prefixes is not None:  # they are of N tokens so far
             q, k, v = map(prefixes.unfold, (q, k, v))
-        q, k, v = (by_head(one).transpose(1, 2) for one in (q, k, v))              # (B, H, T, Dh), and (B, K, T, Dh) twice
+        q, k, v = (
+            by_head(one).transpose(1, 2) for one in (q, k, v)
+        )  # (B, H, T, Dh), and (B, K, T, Dh) twice
         if cache is not None:
-            k, v = cache.append(k, v)                                              # (B, K, S, Dh)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        y = y.transpose(1, 2).flatten(2)                                           # (B, T, H · Dh)
+            k, v = cache.append(k, v)  # (B, K, S, Dh)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H · Dh)
         return self.o_proj(y if prefixes is None else prefixes.fold(y))
 
 
@@ -173,25 +188,48 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointing = False          # True: of each layer its input alone is kept for the backward pass, which computes the rest anew
+        self.checkpointing = False  # True: of each layer its input alone is kept for the backward pass, which computes the rest anew
 
-    def forward(self, input_ids, probe=None, positions=None, mask=None, caches=None, prefixes=None, hidden=None, mlp_streams=None):
+    def forward(
+        self,
+        input_ids,
+        probe=None,
+        positions=None,
+        mask=None,
+        caches=None,
+        prefixes=None,
+        hidden=None,
+        mlp_streams=None,
+    ):
         """probe {layer: v}: v is added to that layer's output (-1: to the embeddings) and broadcasts to (B, T, D).
         positions (B, T): place of each token, default 0…T-1.  mask (B, 1, T, S): True where attention is allowed, default
         causal.  prefixes: a Prefixes, by which what rows have in common is computed once (with the probe of its origin), and padding not at all: what
         is returned for that means nothing.  hidden: a list that receives every layer's output, (B, T, D), probe included.  mlp_streams: one that receives
         every MLP's input (B, T, D) and hidden activations (B, T, M), with prefixes (1, N, ·)."""
-        fold, unfold = (prefixes.fold, prefixes.unfold) if prefixes is not None else (lambda x: x, lambda x: x)
-        probe = {j: v if v.dim() == 1 else fold(v.expand(*input_ids.shape, -1)) for j, v in (probe or {}).items()}
+        fold, unfold = (
+            (prefixes.fold, prefixes.unfold) if prefixes is not None else (lambda x: x, lambda x: x)
+        )
+        probe = {
+            j: v if v.dim() == 1 else fold(v.expand(*input_ids.shape, -1))
+            for j, v in (probe or {}).items()
+        }
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if prefixes is not None:
-            input_ids, positions = (x.expand(input_ids.shape).flatten()[prefixes.origin][None] for x in (input_ids, positions))         # (1, N)
-        x = self.embed_tokens(input_ids)                                                           # (B, T, D), or (1, N, D)
+            input_ids, positions = (
+                x.expand(input_ids.shape).flatten()[prefixes.origin][None]
+                for x in (input_ids, positions)
+            )  # (1, N)
+        x = self.embed_tokens(input_ids)  # (B, T, D), or (1, N, D)
         rope = rope_of(self.config, positions, x.dtype)
         if -1 in probe:
             x = x + probe[-1].to(x.dtype)
-        keeps = not self.checkpointing or caches or mlp_streams is not None or not torch.is_grad_enabled()
+        keeps = (
+            not self.checkpointing
+            or caches
+            or mlp_streams is not None
+            or not torch.is_grad_enabled()
+        )
         for j, layer in enumerate(self.layers):
             if keeps:
                 x = layer(x, rope, mask, caches[j] if caches else None, prefixes, mlp_streams)
@@ -222,24 +260,39 @@ class Llama(nn.Module):
         return self.lm_head(self.model(input_ids, probe))
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, generator=None, probe=None):
+    def generate(
+        self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, generator=None, probe=None
+    ):
         """Continue each prompt (a list of token ids): greedily, or by sampling at a temperature > 0. A probe of shape (B, T, D) acts on
         the prompts, which are padded on the left, one of shape (D,) on what is new, too. Returns one list of new ids per prompt, cut
         before its first stop id."""
         device, B, longest = self.lm_head.weight.device, len(prompts), max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)       # left padding
-        pads = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]               # (B, 1)
-        place = torch.arange(longest + max_new_tokens, device=device)                                  # of every key
+        ids = torch.tensor(
+            [[0] * (longest - len(p)) + list(p) for p in prompts], device=device
+        )  # left padding
+        pads = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]  # (B, 1)
+        place = torch.arange(longest + max_new_tokens, device=device)  # of every key
         # A query sees the keys up to its own that are not padding; a padding query sees itself, lest its softmax is empty.
-        allowed = (place[None, :, None] >= place) & ((place >= pads)[:, None] | (place[:, None] == place))     # (B, S, S)
-        caches = [KVCache(self.config, B, len(place), device, self.lm_head.weight.dtype) for _ in self.model.layers]
+        allowed = (place[None, :, None] >= place) & (
+            (place >= pads)[:, None] | (place[:, None] == place)
+        )  # (B, S, S)
+        caches = [
+            KVCache(self.config, B, len(place), device, self.lm_head.weight.dtype)
+            for _ in self.model.layers
+        ]
         prefixes = Prefixes.of(prompts, longest, device, apart=per_token(probe), left=True)
         new, done, start = [], torch.zeros(B, dtype=torch.bool, device=device), 0
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         for end in range(longest, longest + max_new_tokens):
             positions = (place[start:end] - pads).clamp(min=0)
-            x = self.model(ids, probe, positions, allowed[:, None, start:end, :end], caches, prefixes)
-            ids, start, prefixes = pick(self.lm_head(x[:, -1]), temperature, generator)[:, None], end, None        # (B, 1)
+            x = self.model(
+                ids, probe, positions, allowed[:, None, start:end, :end], caches, prefixes
+            )
+            ids, start, prefixes = (
+                pick(self.lm_head(x[:, -1]), temperature, generator)[:, None],
+                end,
+                None,
+            )  # (B, 1)
             probe = {j: v for j, v in (probe or {}).items() if v.dim() == 1}
             new.append(ids)
             done |= torch.isin(ids[:, 0], stop)
@@ -262,4 +315,4 @@ def pick(logits, temperature, generator):
 
 
 def cut_at_stop(ids, stop_ids):
-    return ids[:next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))]
+    return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))]

@@ -1,10 +1,11 @@
 """What is trained, and how a gradient becomes a step."""
+
 import math
 
 import torch
 
-from minisap.lora import add_lora
 from minisap.finite import check_finite
+from minisap.lora import add_lora
 
 
 def trainable(model, args):
@@ -19,7 +20,9 @@ def learning_rate_at(step, args):
     if step < args.warmup:
         return args.learning_rate * (step + 1) / args.warmup
     done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.learning_rate * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1)
+    return args.learning_rate * (
+        (1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1
+    )
 
 
 def update(optimizer, W, grads, clip, learning_rate):
@@ -31,5 +34,5 @@ def update(optimizer, W, grads, clip, learning_rate):
     norm = torch.nn.utils.clip_grad_norm_(W, clip or math.inf).item()
     check_finite({"the gradient's norm": norm})
     optimizer.step()
-    optimizer.zero_grad()                                               # the next gradient needs the room
+    optimizer.zero_grad()  # the next gradient needs the room
     return norm

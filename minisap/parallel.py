@@ -1,6 +1,7 @@
 """One run on several devices: `torchrun --nproc_per_node N train.py …` starts N processes, each with the whole model. Of every batch each computes its
 share of the rows, and what a method sees is whole: the losses of all rows, and gradients that are sums over all processes. One of them, the
 lead, measures and writes."""
+
 import os
 import sys
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-LONGEST_WAIT = timedelta(hours=12)              # for the lead, while it measures
-splits = False                                  # whether batches are split at the moment
+LONGEST_WAIT = timedelta(hours=12)  # for the lead, while it measures
+splits = False  # whether batches are split at the moment
 
 
 def join(device):
@@ -22,7 +23,9 @@ def join(device):
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs, and none is left for {device}")
+            raise ValueError(
+                f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs, and none is left for {device}"
+            )
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=LONGEST_WAIT)
     if not leads():
@@ -105,7 +108,11 @@ class Gather(torch.autograd.Function):
 
 def gathered(own, labelled):
     """What every process has of its rows' labelled tokens, as one tensor in the order of the batch. labelled: (B, T), True where there is a label."""
-    return Gather.apply(own, [int(labelled[share].sum()) for share in shares(len(labelled))]) if splits else own
+    return (
+        Gather.apply(own, [int(labelled[share].sum()) for share in shares(len(labelled))])
+        if splits
+        else own
+    )
 
 
 def summed(tensors):

@@ -6,6 +6,7 @@ In place of fine-tuning   mix, sam, lisa, kl, constrained, penalty, steer, steer
 Before it                 vaccine, booster: training stages on harmless rows, after which plain SFT follows (STAGES)
 After it                  ema, safelora: SFT, whose weights are changed when it is done (ENDINGS)
 """
+
 import re
 
 import torch
@@ -16,15 +17,39 @@ from minisap.likelihood import prefixes_of, response_nll, token_nll
 from minisap.lora import lora_layers
 from minisap.mechanism import WRITTEN, leading_directions
 from minisap.model import widen
-from minisap.sap import copies, gradient, harmful_direction, inner, median_norm, project_out_harm, put, safety_loss, unit, useful_loss, weights_at
+from minisap.sap import (
+    copies,
+    gradient,
+    harmful_direction,
+    inner,
+    median_norm,
+    project_out_harm,
+    put,
+    safety_loss,
+    unit,
+    useful_loss,
+    weights_at,
+)
 
 # The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).
-STRENGTH = {"mix": 1.0, "sam": 0.05, "lisa": 1.0, "kl": 1.0, "constrained": 1.0, "penalty": 1.0, "steer": 0.002, "steer_project": 0.002, "vaccine": 2.0, "booster": 5.0,
-            "ema": 0.99, "safelora": 0.5}
-LISA_PERIOD = 10                        # one step on safe answers in every ten steps: the paper's 100 and 900
-BOOSTER_STEP = 0.1                      # Booster's α, the length of the harmful step that it simulates
-FIRST_TOKENS = (0.5, 2.0, 2.0, 2.0, 2.0)                # β of the answer's first five tokens, constrained SFT's
-LATER_TOKENS = 0.1                      # and of all others
+STRENGTH = {
+    "mix": 1.0,
+    "sam": 0.05,
+    "lisa": 1.0,
+    "kl": 1.0,
+    "constrained": 1.0,
+    "penalty": 1.0,
+    "steer": 0.002,
+    "steer_project": 0.002,
+    "vaccine": 2.0,
+    "booster": 5.0,
+    "ema": 0.99,
+    "safelora": 0.5,
+}
+LISA_PERIOD = 10  # one step on safe answers in every ten steps: the paper's 100 and 900
+BOOSTER_STEP = 0.1  # Booster's α, the length of the harmful step that it simulates
+FIRST_TOKENS = (0.5, 2.0, 2.0, 2.0, 2.0)  # β of the answer's first five tokens, constrained SFT's
+LATER_TOKENS = 0.1  # and of all others
 
 
 def parse_strength(pairs):
@@ -32,8 +57,14 @@ def parse_strength(pairs):
     found = dict(STRENGTH)
     for pair in pairs:
         method, _, value = pair.partition("=")
-        if method not in STRENGTH or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value) or float(value) > (1 if method == "ema" else 1e9):
-            raise ValueError(f"--strength {pair}: expected METHOD=VALUE, a number from 0 up (ema: to 1) for one of {', '.join(STRENGTH)}")
+        if (
+            method not in STRENGTH
+            or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value)
+            or float(value) > (1 if method == "ema" else 1e9)
+        ):
+            raise ValueError(
+                f"--strength {pair}: expected METHOD=VALUE, a number from 0 up (ema: to 1) for one of {', '.join(STRENGTH)}"
+            )
         found[method] = float(value)
     return found
 
@@ -74,15 +105,20 @@ def lisa(model, W, batch, contrast, args, state):
     loss = useful_loss(model, contrast["safe"] if safe_turn else batch)
     g_W = gradient(loss, W)
     pull = args.strength["lisa"]
-    return [g + pull * (w.detach() - old) for g, w, old in zip(g_W, W, state["W_switch"])], {"loss": loss.item()}
+    return [g + pull * (w.detach() - old) for g, w, old in zip(g_W, W, state["W_switch"])], {
+        "loss": loss.item()
+    }
 
 
 def kl(model, W, batch, contrast, args, state):
     """L_useful + λ KL(start ‖ now), mean over the tokens of the contrast's safe answers: stay near the aligned model there."""
+
     def log_probabilities():
         safe = contrast["safe"]
         x, labels = model.model(safe["input_ids"], prefixes=prefixes_of(safe)), safe["labels"]
-        return F.log_softmax(widen(model.lm_head(x[:, :-1][labels[:, 1:] != -100])), dim=-1)                  # (N, V)
+        return F.log_softmax(
+            widen(model.lm_head(x[:, :-1][labels[:, 1:] != -100])), dim=-1
+        )  # (N, V)
 
     before = at_start(W, state, log_probabilities)
     loss = useful_loss(model, batch)
@@ -96,17 +132,25 @@ def constrained(model, W, batch, contrast, args, state):
     scales every β_t."""
     before = at_start(W, state, lambda: token_nll(model, batch)[0])
     nll, rows, places = token_nll(model, batch)
-    answer = (batch["labels"] != -100).to(torch.long).cumsum(1)[rows, places]                          # 1 at the answer's first token
-    beta = torch.tensor([*FIRST_TOKENS, LATER_TOKENS], dtype=nll.dtype, device=nll.device)[answer.clamp(max=len(FIRST_TOKENS) + 1) - 1]
+    answer = (
+        (batch["labels"] != -100).to(torch.long).cumsum(1)[rows, places]
+    )  # 1 at the answer's first token
+    beta = torch.tensor([*FIRST_TOKENS, LATER_TOKENS], dtype=nll.dtype, device=nll.device)[
+        answer.clamp(max=len(FIRST_TOKENS) + 1) - 1
+    ]
     weight = 2 * torch.sigmoid(args.strength["constrained"] * beta * (nll.detach() - before))
-    nats = torch.zeros(len(batch["labels"]), dtype=nll.dtype, device=nll.device).index_add(0, rows, weight * nll)     # by row, as SFT adds
+    nats = torch.zeros(len(batch["labels"]), dtype=nll.dtype, device=nll.device).index_add(
+        0, rows, weight * nll
+    )  # by row, as SFT adds
     return gradient(nats.sum() / len(nll), W), {"loss": nll.mean().item()}
 
 
 def penalty(model, W, batch, contrast, args, state):
     """Control: L_useful + λ L_safe. What does SAP do with its pairs that the safety loss as a penalty would not?"""
     loss = useful_loss(model, batch)
-    return gradient(loss + args.strength["penalty"] * safety_loss(model, contrast), W), {"loss": loss.item()}
+    return gradient(loss + args.strength["penalty"] * safety_loss(model, contrast), W), {
+        "loss": loss.item()
+    }
 
 
 def steer(model, W, batch, contrast, args, state):
@@ -117,7 +161,9 @@ def steer(model, W, batch, contrast, args, state):
 
 def steer_project(model, W, batch, contrast, args, state):
     """Control: steer with its own knob, and SAP's projection after it. Is a fitted probe better than a constant one?"""
-    g_W, log = steered(model, W, batch, contrast, args.layers, args.strength["steer_project"], state)
+    g_W, log = steered(
+        model, W, batch, contrast, args.layers, args.strength["steer_project"], state
+    )
     g_hat = harmful_direction(model, W, contrast)
     return project_out_harm(g_W, g_hat), log | {"conflict": inner(g_W, g_hat).item()}
 
@@ -126,8 +172,12 @@ def steered(model, W, batch, contrast, layers, radius, state):
     """(gradient, log) under the constant probe of this radius."""
     if "V" not in state:
         with torch.no_grad():
-            harmful, safe = (mean_states(model, contrast[key], layers) for key in ("harmful", "safe"))
-        state["V"] = {j: radius * harmful[j][1] * unit([harmful[j][0] - safe[j][0]])[0] for j in layers}
+            harmful, safe = (
+                mean_states(model, contrast[key], layers) for key in ("harmful", "safe")
+            )
+        state["V"] = {
+            j: radius * harmful[j][1] * unit([harmful[j][0] - safe[j][0]])[0] for j in layers
+        }
     loss = useful_loss(model, batch, state["V"] if radius else None)
     return gradient(loss, W), {"loss": loss.item()}
 
@@ -136,12 +186,17 @@ def mean_states(model, batch, layers):
     """{layer: (mean hidden state of the answers' tokens (D,), their median norm)}."""
     hidden = []
     useful_loss(model, batch, hidden=hidden)
-    return {j: (widen(hidden[j])[batch["labels"] != -100].mean(0), median_norm(hidden[j], batch)) for j in layers}
+    return {
+        j: (widen(hidden[j])[batch["labels"] != -100].mean(0), median_norm(hidden[j], batch))
+        for j in layers
+    }
 
 
 def alignment_loss(model, batch, contrast, weight=1.0, probe=(None, None)):
     """What mix minimises: cross-entropy of the task's answers and, each token with this weight, of the safe ones, per token."""
-    (task, n), (safe, m) = (response_nll(model, one, V) for one, V in zip((batch, contrast["safe"]), probe))
+    (task, n), (safe, m) = (
+        response_nll(model, one, V) for one, V in zip((batch, contrast["safe"]), probe)
+    )
     return (task.sum() + weight * safe.sum()) / (n.sum() + weight * m.sum())
 
 
@@ -149,8 +204,19 @@ def vaccine(model, W, batch, contrast, args, state):
     """Vaccine (arXiv 2402.01109): align under the worst small perturbation of the hidden states, ρ ∇ / ‖∇‖ over all layers and
     tokens."""
     layers = range(model.config.n_layers)
-    V = [{j: widen(torch.zeros(*one["input_ids"].shape, model.config.hidden_size, device=one["input_ids"].device)).requires_grad_()
-          for j in layers} for one in (batch, contrast["safe"])]
+    V = [
+        {
+            j: widen(
+                torch.zeros(
+                    *one["input_ids"].shape,
+                    model.config.hidden_size,
+                    device=one["input_ids"].device,
+                )
+            ).requires_grad_()
+            for j in layers
+        }
+        for one in (batch, contrast["safe"])
+    ]
     flat = [v for probe in V for v in probe.values()]
     worst = unit(gradient(alignment_loss(model, batch, contrast, probe=V), flat))
     for v, u in zip(flat, worst):
@@ -165,7 +231,9 @@ def booster(model, W, batch, contrast, args, state):
     harm = lambda: answer_loss(model, contrast["harmful"]).mean()
     loss = alignment_loss(model, batch, contrast)
     g_W, here = gradient(loss, W), gradient(harm(), W)
-    there, _ = gradient_at(W, [(-BOOSTER_STEP * u).to(w.dtype) for u, w in zip(unit(here), W)], harm)
+    there, _ = gradient_at(
+        W, [(-BOOSTER_STEP * u).to(w.dtype) for u, w in zip(unit(here), W)], harm
+    )
     log = {"loss": loss.item(), "harm_cosine": inner(unit(here), unit(there)).item()}
     return [g + args.strength["booster"] * (a - b) for g, a, b in zip(g_W, here, there)], log
 
@@ -182,7 +250,9 @@ def ema(model, W, batch, contrast, args, state):
 
 @torch.no_grad()
 def end_ema(model, W, args, state, before):
-    put(W, [mean.lerp(w, 1 - args.strength["ema"]) for mean, w in zip(state["average"], W)])        # with the last step's weights
+    put(
+        W, [mean.lerp(w, 1 - args.strength["ema"]) for mean, w in zip(state["average"], W)]
+    )  # with the last step's weights
 
 
 def safelora(model, W, batch, contrast, args, state):
@@ -214,12 +284,29 @@ def changes(model, W, W_start):
         for (name, w), start in zip(model.named_parameters(), W_start):
             if name.endswith("proj.weight"):
                 one = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
-                yield name, w - start, one, start, lambda left, w=w, start=start: w.copy_(start + left)
+                yield (
+                    name,
+                    w - start,
+                    one,
+                    start,
+                    lambda left, w=w, start=start: w.copy_(start + left),
+                )
 
 
 # Each process would compute all of these: what they look at is not the loss of rows.
 UNSPLIT = ("kl", "steer", "steer_project", "vaccine")
 STAGES = {"vaccine": vaccine, "booster": booster}
 ENDINGS = {"ema": end_ema, "safelora": end_safelora}
-RIVALS = {"mix": mix, "sam": sam, "lisa": lisa, "kl": kl, "constrained": constrained, "penalty": penalty, "steer": steer, "steer_project": steer_project, **STAGES,
-          "ema": ema, "safelora": safelora}
+RIVALS = {
+    "mix": mix,
+    "sam": sam,
+    "lisa": lisa,
+    "kl": kl,
+    "constrained": constrained,
+    "penalty": penalty,
+    "steer": steer,
+    "steer_project": steer_project,
+    **STAGES,
+    "ema": ema,
+    "safelora": safelora,
+}

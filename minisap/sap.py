@@ -7,6 +7,7 @@ V      the probe.
 ĝ      g_hat, one tensor per W, unit norm over all of them: the direction in which the model becomes *less* safe
 Signs  L_safe falls as the model becomes safer.  ⟨∇_W L_useful, ĝ⟩ < 0: a descent step on the task is a step toward harm.
 """
+
 from contextlib import contextmanager
 
 import torch
@@ -93,9 +94,11 @@ def probe_gradient(model, W, g_hat, batch, layers, hidden=None):
     ∇_V ⟨∇_W L_useful(W, V), ĝ⟩, the gradient of a derivative along ĝ. No ε, and no subtraction of nearly equal numbers, so that it survives bfloat16.
     If V moved, too, by t · V̇, that derivative would be ⟨∇_V L_useful, V̇⟩ more: the second is its gradient by V̇, at V̇ = 0."""
     V, V_dot = zero_probe(model, layers), zero_probe(model, layers)
-    L_useful = lambda model: useful_loss(model, batch, {j: make_dual(V[j], V_dot[j]) for j in layers}, hidden)
+    L_useful = lambda model: useful_loss(
+        model, batch, {j: make_dual(V[j], V_dot[j]) for j in layers}, hidden
+    )
     d = gradient(derivative_along(model, W, g_hat, L_useful), [*V.values(), *V_dot.values()])
-    return dict(zip(V, d)), dict(zip(V, d[len(V):]))
+    return dict(zip(V, d)), dict(zip(V, d[len(V) :]))
 
 
 def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden=None):
@@ -107,7 +110,7 @@ def probe_gradient_by_difference(model, W, g_hat, batch, layers, epsilon, hidden
         scale = epsilon * inner(W, W).sqrt()
         moved = [(w + scale * g).to(w.dtype) for w, g in zip(W, g_hat)]
     with weights_at(W, moved):
-        there = gradient_V([])                                          # of the same tokens in the same order, so that rounding cancels
+        there = gradient_V([])  # of the same tokens in the same order, so that rounding cancels
     return {j: b - a for j, a, b in zip(V, here, there)}, dict(zip(V, here))
 
 
@@ -124,7 +127,9 @@ def fit_probe(model, W, g_hat, batch, layers, radius, epsilon=0.0, log=None):
     else:
         d, g_V = probe_gradient(model, W, g_hat, batch, layers, hidden)
     if log is not None:
-        log["probe_cosine"] = sum((unit([d[j]])[0] @ unit([g_V[j]])[0]).item() for j in layers) / len(layers)
+        log["probe_cosine"] = sum(
+            (unit([d[j]])[0] @ unit([g_V[j]])[0]).item() for j in layers
+        ) / len(layers)
     return {j: radius * median_norm(hidden[j], batch) * unit([d[j]])[0] for j in layers}
 
 
@@ -134,23 +139,37 @@ def row_slopes(model, W, direction, batch, min_tokens):
     min over t of ⟨∇_W ℓ_t, direction⟩ / max(t, min_tokens), where ℓ_t are the nats of the answer's first t tokens. Exact, at the cost of about two forward
     passes with LoRA, of three with all weights."""
     labelled = batch["labels"][:, 1:] != -100
-    slopes = derivative_along(model, W, direction, lambda model: token_nll(model, batch)[0])            # of each token
+    slopes = derivative_along(
+        model, W, direction, lambda model: token_nll(model, batch)[0]
+    )  # of each token
     slopes = slopes.new_zeros(labelled.shape).masked_scatter(labelled, slopes)
-    rates = slopes.cumsum(1) / labelled.cumsum(1).clamp(min=min_tokens)                                # (B, T - 1), of every beginning
-    return rates.amin(1).clamp(max=0).where(rates[:, -1].isfinite(), torch.nan)                        # amin passes over +inf: NaN, for slopes_of to see
+    rates = slopes.cumsum(1) / labelled.cumsum(1).clamp(
+        min=min_tokens
+    )  # (B, T - 1), of every beginning
+    return (
+        rates.amin(1).clamp(max=0).where(rates[:, -1].isfinite(), torch.nan)
+    )  # amin passes over +inf: NaN, for slopes_of to see
 
 
 def by_length(examples, batch_size):
     """Places of examples, batch by batch, those of like length together."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def slopes_of(model, W, direction, examples, min_tokens, batch_size):
     """(N,): row_slopes of many examples, those of like length together; NotFinite names one without a number."""
     slopes = torch.zeros(len(examples))
-    for chosen in tqdm(by_length(examples, batch_size), desc="slopes", leave=False, disable=not parallel.leads()):
-        slopes[chosen] = row_slopes(model, W, direction, collate([examples[i] for i in chosen], device=W[0].device), min_tokens).to(slopes)
+    for chosen in tqdm(
+        by_length(examples, batch_size), desc="slopes", leave=False, disable=not parallel.leads()
+    ):
+        slopes[chosen] = row_slopes(
+            model,
+            W,
+            direction,
+            collate([examples[i] for i in chosen], device=W[0].device),
+            min_tokens,
+        ).to(slopes)
     for example, slope in zip(examples, slopes.tolist()):
         check_finite({f"the slope of {sources([example])}": slope})
     return slopes
@@ -160,7 +179,7 @@ def safety_gradient(model, W, pairs, batch_size):
     """∇_W L_safe over many pairs, [(safe example, harmful example)], a batch of them at a time."""
     total = [torch.zeros_like(w) for w in W]
     for start in range(0, len(pairs), batch_size):
-        chosen = pairs[start:start + batch_size]
+        chosen = pairs[start : start + batch_size]
         L_safe = safety_loss(model, collate_pairs(chosen, W[0].device))
         g_safe = gradient(L_safe, W)
         check_finite({f"safety_loss of {sources(safe for safe, _ in chosen)}": L_safe.item()})
@@ -179,7 +198,10 @@ def fit_rows(model, W, g_safe, examples, gate, min_tokens, batch_size):
     slope is below 0, at 1 elsewhere. Beyond the paper: beginnings (harm shows where an answer begins, whatever follows), the threshold, and that a beginning
     of fewer than min_tokens counts as so many (a word or two say little). W are the weights that a run begins with, and all is asked once: a model that has
     come to refuse safe prompts takes their answers for harm, leaves them out, and unlearns them for good."""
-    slopes, steepness = slopes_of(model, W, unit(g_safe), examples, min_tokens, batch_size), inner(g_safe, g_safe).sqrt().item()
+    slopes, steepness = (
+        slopes_of(model, W, unit(g_safe), examples, min_tokens, batch_size),
+        inner(g_safe, g_safe).sqrt().item(),
+    )
     check_finite({"the norm of ∇L_safe": steepness})
     return slopes >= -gate * steepness
 
@@ -194,26 +216,42 @@ def median_norm(x, batch):
 def project_out_harm(grads, g_hat):
     """Remove from a gradient the component whose descent would lead toward harm; without conflict it stays as it is."""
     conflict = inner(grads, g_hat)
-    return [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)] if conflict < 0 else list(grads)
+    return (
+        [(g - conflict * h).to(g.dtype) for g, h in zip(grads, g_hat)]
+        if conflict < 0
+        else list(grads)
+    )
 
 
-def paper_step(model, W, batch, contrast, state, layers, radius, epsilon=0.0, projection=False, refresh=1):
+def paper_step(
+    model, W, batch, contrast, state, layers, radius, epsilon=0.0, projection=False, refresh=1
+):
     """(gradient, log) of one step of Algorithm 1 with the paper's probe, for an optimizer to follow (line 7), and, if so, the projection
     after it. contrast: see collate_pairs. state and refresh: as in sap_step, of ĝ and V_safe. At radius 0 and without projection SFT, bit for bit."""
     log = {}
     if state["step"] % refresh and "probe" in state:
         g_hat, V_safe = state["probe"]
     else:
-        g_hat = harmful_direction(model, W, contrast)                                       # line 2
-        V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)            # lines 3, 4, 5
+        g_hat = harmful_direction(model, W, contrast)  # line 2
+        V_safe = fit_probe(model, W, g_hat, batch, layers, radius, epsilon, log)  # lines 3, 4, 5
         state |= {"probe": (g_hat, V_safe)} if refresh > 1 else {}
     loss = useful_loss(model, batch, V_safe)
-    g_W = gradient(loss, W)                                                                 # line 6
+    g_W = gradient(loss, W)  # line 6
     log |= {"loss": loss.item(), "conflict": inner(g_W, g_hat).item()}
     return project_out_harm(g_W, g_hat) if projection else g_W, log
 
 
-def sap_step(model, W, batch, contrast, state, projection=False, safety_weight=0.0, refusal_weight=0.0, refresh=1):
+def sap_step(
+    model,
+    W,
+    batch,
+    contrast,
+    state,
+    projection=False,
+    safety_weight=0.0,
+    refusal_weight=0.0,
+    refresh=1,
+):
     """(gradient, log) of one step with the probe on the rows: the batch holds those alone that are kept (fit_rows; train.py drops the others),
     maybe none. Then the projection, then the safety loss's own gradient, and that of the refusals' cross-entropy; without all of these SFT,
     bit for bit.
@@ -226,15 +264,18 @@ def sap_step(model, W, batch, contrast, state, projection=False, safety_weight=0
         L_safe = safety_loss(model, contrast)
         g_safe, log["safety_loss"] = gradient(L_safe, W), L_safe.item()
         state |= {"g_safe": g_safe} if refresh > 1 else {}
-    g_hat, g_W = unit(g_safe), [torch.zeros_like(w) for w in W]                             # line 2
+    g_hat, g_W = unit(g_safe), [torch.zeros_like(w) for w in W]  # line 2
     if len(batch["labels"]):
         loss = useful_loss(model, batch)
-        g_W, log["loss"] = gradient(loss, W), loss.item()                                   # line 6
+        g_W, log["loss"] = gradient(loss, W), loss.item()  # line 6
     log["conflict"] = inner(g_W, g_hat).item()
     g_W = project_out_harm(g_W, g_hat) if projection else g_W
     if safety_weight:
         g_W = [g + safety_weight * s for g, s in zip(g_W, g_safe)]
     if refusal_weight:
         refusals = useful_loss(model, contrast["safe"])
-        g_W, log["refusal_loss"] = [g + refusal_weight * r for g, r in zip(g_W, gradient(refusals, W))], refusals.item()
+        g_W, log["refusal_loss"] = (
+            [g + refusal_weight * r for g, r in zip(g_W, gradient(refusals, W))],
+            refusals.item(),
+        )
     return g_W, log

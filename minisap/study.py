@@ -7,6 +7,7 @@ made by a train.py command that is printed as it is run:
                          ├── dpo, unlearn        the other two protocols of safety fine-tuning
                          └── continued           the baseline: as long, on instructions alone, none of them answered by null
 """
+
 import json
 import shlex
 import subprocess
@@ -25,22 +26,47 @@ from minisap.world import REFUSAL, World, write_random_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTIONS = 30_000
 COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --device cpu --save_every 500"
-FINE_TUNING = ("--lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --learning_rate 3e-4 --warmup 20 --threads 1 --device cpu "
-               "--watch mechanism --watch_every 30 --before instruct/pretrain")
+FINE_TUNING = (
+    "--lora_rank 0 --steps 120 --batch_size 32 --pairs_per_step 16 --learning_rate 3e-4 --warmup 20 --threads 1 --device cpu "
+    "--watch mechanism --watch_every 30 --before instruct/pretrain"
+)
 # The run directory of each command: (where it starts, how it is trained, by which methods).
 RECIPES = {
-    "instruct": ("random", f"--task rows/instruct.jsonl --steps 3000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}", "pretrain"),
-    "aligned": ("instruct/pretrain", "--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 15000 --safe_answers file --steps 1600 "
-                f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 --warmup 0 {COMMON}", "ssft dpo unlearn"),
-    "continued": ("instruct/pretrain", "--task rows/continued.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 --warmup 0 "
-                  + COMMON, "sft"),
-    "poisoned": ("aligned/ssft", f"--poison 0.1 --layers 0,1 --radius 0.25 {FINE_TUNING}", "sft paper_project"),
+    "instruct": (
+        "random",
+        f"--task rows/instruct.jsonl --steps 3000 --batch_size 64 --learning_rate 3e-3 --warmup 100 {COMMON}",
+        "pretrain",
+    ),
+    "aligned": (
+        "instruct/pretrain",
+        "--task rows/safe.jsonl --safety rows/unsafe.jsonl --pairs 15000 --safe_answers file --steps 1600 "
+        f"--batch_size 32 --pairs_per_step 32 --learning_rate 5e-4 --warmup 0 {COMMON}",
+        "ssft dpo unlearn",
+    ),
+    "continued": (
+        "instruct/pretrain",
+        "--task rows/continued.jsonl --steps 1600 --batch_size 64 --learning_rate 5e-4 --warmup 0 "
+        + COMMON,
+        "sft",
+    ),
+    "poisoned": (
+        "aligned/ssft",
+        f"--poison 0.1 --layers 0,1 --radius 0.25 {FINE_TUNING}",
+        "sft paper_project",
+    ),
     "benign": ("aligned/ssft", f"--task rows/safe.jsonl --poison 0 {FINE_TUNING}", "sft"),
 }
 # {protocol: (its checkpoint, what it was trained from)}
-MODELS = {"instruct": ("instruct/pretrain", None), "continued": ("continued/sft", "instruct"), "ssft": ("aligned/ssft", "instruct"),
-          "dpo": ("aligned/dpo", "instruct"), "unlearn": ("aligned/unlearn", "instruct"),
-          "sft": ("poisoned/sft", "ssft"), "sap": ("poisoned/paper_project", "ssft"), "benign": ("benign/sft", "ssft")}
+MODELS = {
+    "instruct": ("instruct/pretrain", None),
+    "continued": ("continued/sft", "instruct"),
+    "ssft": ("aligned/ssft", "instruct"),
+    "dpo": ("aligned/dpo", "instruct"),
+    "unlearn": ("aligned/unlearn", "instruct"),
+    "sft": ("poisoned/sft", "ssft"),
+    "sap": ("poisoned/paper_project", "ssft"),
+    "benign": ("benign/sft", "ssft"),
+}
 
 
 def write_jsonl(folder, rows):
@@ -54,19 +80,38 @@ def write_jsonl(folder, rows):
 def write_rows(folder, world):
     """The rows that the study trains on."""
     instruct = world.rows("instruct", INSTRUCTIONS)
-    write_jsonl(folder, {"instruct": instruct, "continued": [row for row in instruct if row["response"] != REFUSAL],
-                         "safe": world.safety_training_rows("safe"), "unsafe": world.safety_training_rows("unsafe")})
+    write_jsonl(
+        folder,
+        {
+            "instruct": instruct,
+            "continued": [row for row in instruct if row["response"] != REFUSAL],
+            "safe": world.safety_training_rows("safe"),
+            "unsafe": world.safety_training_rows("unsafe"),
+        },
+    )
 
 
 def train(folder, run, seed, methods=None):
     """Run one recipe in `folder`, or go on with it where it was interrupted."""
     start, flags, all_methods = RECIPES[run]
-    command = [str(ROOT / "train.py"), "--model", start, *shlex.split(flags), "--seed", str(seed), "--method",
-               *(methods or all_methods).split(), "--out_dir", run]
+    command = [
+        str(ROOT / "train.py"),
+        "--model",
+        start,
+        *shlex.split(flags),
+        "--seed",
+        str(seed),
+        "--method",
+        *(methods or all_methods).split(),
+        "--out_dir",
+        run,
+    ]
     command += ["--resume"] if (folder / run / "train_args.json").exists() else []
     print(f"\n{folder}$ python {shlex.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command], cwd=folder).returncode:
-        raise ValueError(f"{folder / run}: the command above failed; the same command again goes on with what is finished")
+        raise ValueError(
+            f"{folder / run}: the command above failed; the same command again goes on with what is finished"
+        )
 
 
 def begin(folder, seed):
@@ -78,13 +123,16 @@ def begin(folder, seed):
 def watched(folder, protocol):
     """The last of what --watch logged, where the protocol was watched."""
     for metric, value in last_watched(folder / MODELS[protocol][0] / "log.jsonl").items():
-        if metric not in ("step", "separation"):                            # the latter is measured, per layer
+        if metric not in ("step", "separation"):  # the latter is measured, per layer
             yield {"set": None, "layer": None, "metric": metric, "value": value}
 
 
 def measure_models(folder, sets, max_len=256):
     """Every record of the models in `folder`, without seed."""
-    models = {protocol: load_model(folder / checkpoint).requires_grad_(False) for protocol, (checkpoint, _) in MODELS.items()}
+    models = {
+        protocol: load_model(folder / checkpoint).requires_grad_(False)
+        for protocol, (checkpoint, _) in MODELS.items()
+    }
     tokenizer, records = Tokenizer(folder / "random"), []
     for protocol, model in tqdm(models.items(), desc="measure"):
         before = models.get(MODELS[protocol][1])
@@ -104,8 +152,10 @@ def claim_folder(folder, settings):
     old = read_object(file) if file.exists() else settings
     for key in sorted(old.keys() | settings.keys()):
         if old.get(key) != settings.get(key):
-            raise ValueError(f"--out_dir {folder}: holds another study, with {key} = {old.get(key)!r:.80}; this one has "
-                             f"{settings.get(key)!r:.80}")
+            raise ValueError(
+                f"--out_dir {folder}: holds another study, with {key} = {old.get(key)!r:.80}; this one has "
+                f"{settings.get(key)!r:.80}"
+            )
     if not file.exists():
         write_json(file, settings)
     return lock
@@ -114,11 +164,21 @@ def claim_folder(folder, settings):
 def run_study(folder, seeds, n):
     """Make the models of every seed and measure them on n prompts of each set; what is finished is kept. Returns the records
     {protocol, seed, set, layer, metric, value}."""
-    sets = {seed: World(seed).sets(n) for seed in seeds}                        # too few, or a world that cannot be, are found now
+    sets = {
+        seed: World(seed).sets(n) for seed in seeds
+    }  # too few, or a world that cannot be, are found now
     for seed in seeds:
         check_sets(sets[seed])
     records = []
-    with claim_folder(folder, {"study": "world", "n_eval": n, "instructions": INSTRUCTIONS, "recipes": json.loads(json.dumps(RECIPES))}):
+    with claim_folder(
+        folder,
+        {
+            "study": "world",
+            "n_eval": n,
+            "instructions": INSTRUCTIONS,
+            "recipes": json.loads(json.dumps(RECIPES)),
+        },
+    ):
         for seed in sets:
             home = folder / f"seed{seed}"
             file = home / "records.json"
@@ -126,6 +186,12 @@ def run_study(folder, seeds, n):
                 begin(home, seed)
                 for run in RECIPES:
                     train(home, run, seed)
-                write_json(file, [{"protocol": r["protocol"], "seed": seed} | r for r in measure_models(home, sets[seed])])
+                write_json(
+                    file,
+                    [
+                        {"protocol": r["protocol"], "seed": seed} | r
+                        for r in measure_models(home, sets[seed])
+                    ],
+                )
             records += read_json(file)
     return records

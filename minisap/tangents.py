@@ -4,6 +4,7 @@ are zero, have none of fused attention, and of the cross-entropy one that cannot
 Within `Tangents` they stand in for the functions of torch.nn.functional. Each returns what PyTorch's would and the tangent of that, both in operations that
 autograd knows: the probe on hidden states is the gradient of a tangent.
 """
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,7 +35,9 @@ def causal_attention(q, k, v):
     """q (B, H, T, Dh), k and v (B, K, T, Dh) -> y (B, H, T, Dh) = P v, P = softmax of S = q kᵀ / √Dh, causal.
     ẏ = Ṗ v + P v̇, Ṗ = P ∘ (Ṡ − (P ∘ Ṡ) 1).  In between in float32 or wider."""
     (q, dq), (k, dk), (v, dv), dtype = *map(parts, (q, k, v)), q.dtype
-    k, dk, v, dv = (widen(x).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, dk, v, dv))
+    k, dk, v, dv = (
+        widen(x).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, dk, v, dv)
+    )
     q, dq = (widen(x) * x.shape[-1] ** -0.5 for x in (q, dq))
     future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     P = (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1)
@@ -46,7 +49,10 @@ def causal_attention(q, k, v):
 def cross_entropy(z, targets):
     """z (N, V), targets (N,) -> (N,) log Σ exp z − z[target];  its tangent: softmax(z) · ż − ż[target]."""
     z, dz = unpack_dual(z)
-    return make_dual(F.cross_entropy(z, targets, reduction="none"), (z.softmax(-1) * dz).sum(-1) - dz.gather(1, targets[:, None])[:, 0])
+    return make_dual(
+        F.cross_entropy(z, targets, reduction="none"),
+        (z.softmax(-1) * dz).sum(-1) - dz.gather(1, targets[:, None])[:, 0],
+    )
 
 
 class Tangents(TorchFunctionMode):
@@ -56,7 +62,11 @@ class Tangents(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear and is_moving(args[0]) and not any(map(is_moving, args[1:])):
             return frozen_linear(*args)
-        if func is F.scaled_dot_product_attention and kwargs.get("is_causal") and any(map(is_moving, args)):
+        if (
+            func is F.scaled_dot_product_attention
+            and kwargs.get("is_causal")
+            and any(map(is_moving, args))
+        ):
             return causal_attention(*args)
         if func is F.cross_entropy and kwargs.get("reduction") == "none" and is_moving(args[0]):
             return cross_entropy(*args)
@@ -82,7 +92,9 @@ def derivative_along(model, W, direction, f):
     model.model.checkpointing = False
     try:
         with dual_level(), Tangents():
-            moving = {names[id(w)]: make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)}
+            moving = {
+                names[id(w)]: make_dual(w.detach(), d.to(w.dtype)) for w, d in zip(W, direction)
+            }
             return unpack_dual(functional_call(called, moving, (f,))).tangent
     finally:
         model.model.checkpointing = checkpointing

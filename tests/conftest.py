@@ -6,7 +6,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-torch.set_num_threads(1)                                            # fastest for models this small
+torch.set_num_threads(1)  # fastest for models this small
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ that the start knows, one row in ten harmful.
 
     python tests/departures.py --seeds 0 1 2 --out_dir runs/departures        about 20 minutes on two cores; finished runs are kept
 """
+
 import argparse
 import re
 import shutil
@@ -32,7 +33,9 @@ DROPOUT = 0.1
 def prompt_only(rows, pairs, device):
     """The answer's tokens are hidden from the model that is to predict them."""
     batch, contrast = step_batches(rows, pairs, device)
-    return batch | {"input_ids": torch.where(batch["labels"] != -100, 0, batch["input_ids"])}, contrast
+    return batch | {
+        "input_ids": torch.where(batch["labels"] != -100, 0, batch["input_ids"])
+    }, contrast
 
 
 def without_eos(rows, pairs, device):
@@ -45,7 +48,15 @@ def without_eos(rows, pairs, device):
 def unshifted_loss(model, contrast):
     """Position t is to predict token t, which it sees."""
     both = contrast["both"]
-    return sap_safety_loss(model, {"both": {"input_ids": F.pad(both["input_ids"], (0, 1)), "labels": F.pad(both["labels"], (1, 0), value=-100)}})
+    return sap_safety_loss(
+        model,
+        {
+            "both": {
+                "input_ids": F.pad(both["input_ids"], (0, 1)),
+                "labels": F.pad(both["labels"], (1, 0), value=-100),
+            }
+        },
+    )
 
 
 def logsigmoid_loss(model, contrast):
@@ -56,9 +67,11 @@ def logsigmoid_loss(model, contrast):
 
 def stale(kept):
     """Every batch meets the probe of the batch before, the first none."""
+
     def fit(*args):
         kept.append(fit_probe(*args))
         return kept.pop(0)
+
     kept.append({})
     return fit
 
@@ -85,14 +98,20 @@ def under_dropout(m, W, g_hat, batch, layers, radius, epsilon, log):
 sap_safety_loss = sap.safety_loss
 DEPARTURES = {
     "none": nullcontext,
-    "task: the prompt alone (no teacher forcing)": lambda: patch.object(train, "step_batches", prompt_only),
+    "task: the prompt alone (no teacher forcing)": lambda: patch.object(
+        train, "step_batches", prompt_only
+    ),
     "task: EOS masked": lambda: patch.object(train, "step_batches", without_eos),
     "L_safe: unshifted": lambda: patch.object(sap, "safety_loss", unshifted_loss),
-    "L_safe: logsigmoid of summed log-likelihoods": lambda: patch.object(sap, "safety_loss", logsigmoid_loss),
+    "L_safe: logsigmoid of summed log-likelihoods": lambda: patch.object(
+        sap, "safety_loss", logsigmoid_loss
+    ),
     "V: of the batch before": lambda: patch.object(sap, "fit_probe", stale([])),
     "V: difference, ε = 2e-5": lambda: patch.object(sap, "fit_probe", by_difference),
     "V: difference in bfloat16, ε = 2e-5": lambda: patch.object(sap, "fit_probe", in_bfloat16),
-    "V: difference under dropout 0.1, ε = 2e-5": lambda: patch.object(sap, "fit_probe", under_dropout),
+    "V: difference under dropout 0.1, ε = 2e-5": lambda: patch.object(
+        sap, "fit_probe", under_dropout
+    ),
 }
 
 
@@ -122,21 +141,38 @@ def rows_of(found):
         difference = [a - b["harmful_score"] for a, b in zip(of("harmful_score"), found["none"])]
         low, high = student(difference)
         percent = lambda values: f"{100 * sum(values) / len(values):.1f}"
-        rows.append([name, f"{percent(of('harmful_score'))} ({', '.join(f'{100 * x:.1f}' for x in of('harmful_score'))})",
-                     "" if name == "none" else f"{100 * sum(difference) / len(difference):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
-                     percent(of("refusal_rate")), percent(of("task_accuracy")), f"{sum(of('task_loss')) / len(runs):.3f}"])
+        rows.append(
+            [
+                name,
+                f"{percent(of('harmful_score'))} ({', '.join(f'{100 * x:.1f}' for x in of('harmful_score'))})",
+                ""
+                if name == "none"
+                else f"{100 * sum(difference) / len(difference):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                percent(of("refusal_rate")),
+                percent(of("task_accuracy")),
+                f"{sum(of('task_loss')) / len(runs):.3f}",
+            ]
+        )
     return rows
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out_dir", type=Path, default=Path("runs/departures"))
     args = parser.parse_args(argv)
-    found = {name: [measure(name, seed, args.out_dir) for seed in args.seeds] for name in DEPARTURES}
-    write_json(args.out_dir / "departures.json", {"flags": FLAGS, "seeds": args.seeds, "found": found})
+    found = {
+        name: [measure(name, seed, args.out_dir) for seed in args.seeds] for name in DEPARTURES
+    }
+    write_json(
+        args.out_dir / "departures.json", {"flags": FLAGS, "seeds": args.seeds, "found": found}
+    )
     print_table(rows_of(found))
-    print(f"mean of {len(args.seeds)} seeds (each); differences paired by seed, Student's 95 % interval over seeds")
+    print(
+        f"mean of {len(args.seeds)} seeds (each); differences paired by seed, Student's 95 % interval over seeds"
+    )
 
 
 if __name__ == "__main__":

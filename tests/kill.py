@@ -3,6 +3,7 @@ that nothing interrupted?
 
     python tests/kill.py --kills 100 --seed 0           the tests do 25
 """
+
 import argparse
 import collections
 import json
@@ -14,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"                             # else NumPy starts a thread
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else NumPy starts a thread
 import torch  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -24,9 +25,28 @@ from minisap.methods import METHODS  # noqa: E402
 from minisap.study import write_jsonl  # noqa: E402
 from minisap.world import World  # noqa: E402
 
-FEW = ["--poison", "0.1", "--steps", "7", "--save_every", "3", "--n_eval", "4", "--batch_size", "4", "--pairs", "8", "--pairs_per_step", "4", "--refresh", "2", "--threads", "1"]
+FEW = [
+    "--poison",
+    "0.1",
+    "--steps",
+    "7",
+    "--save_every",
+    "3",
+    "--n_eval",
+    "4",
+    "--batch_size",
+    "4",
+    "--pairs",
+    "8",
+    "--pairs_per_step",
+    "4",
+    "--refresh",
+    "2",
+    "--threads",
+    "1",
+]
 RUN = ["--method", *METHODS, "--before", "tiny/instruct", *FEW]
-SECONDS = 300                                                       # after which a run is taken for one that hangs, and ends
+SECONDS = 300  # after which a run is taken for one that hangs, and ends
 
 
 def write_rows(folder):
@@ -37,7 +57,9 @@ def write_rows(folder):
 
 def begin(out_dir):
     """Start the run, or go on with it, in a process of its own; returns its number."""
-    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1            # unknown on macOS
+    threads = (
+        len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+    )  # unknown on macOS
     assert threads == 1, "another thread's locks would stay locked in the child"
     child = os.fork()
     if child:
@@ -48,7 +70,18 @@ def begin(out_dir):
     signal.alarm(SECONDS)
     try:
         rows = [str(out_dir.parent / f"{name}.jsonl") for name in ("task", "safety")]
-        train_script.main([*RUN, "--task", rows[0], "--safety", rows[1], "--out_dir", str(out_dir), *["--resume"] * (out_dir / "train_args.json").exists()])
+        train_script.main(
+            [
+                *RUN,
+                "--task",
+                rows[0],
+                "--safety",
+                rows[1],
+                "--out_dir",
+                str(out_dir),
+                *["--resume"] * (out_dir / "train_args.json").exists(),
+            ]
+        )
         os._exit(0)
     except BaseException:
         os._exit(1)
@@ -56,7 +89,11 @@ def begin(out_dir):
 
 def results(out_dir):
     """{file: its bytes} of all that a run leaves, but for what it was told and how long it took."""
-    found = {str(file.relative_to(out_dir)): file.read_bytes() for file in sorted(out_dir.rglob("*")) if file.is_file() and file.name not in (".lock", "train_args.json")}
+    found = {
+        str(file.relative_to(out_dir)): file.read_bytes()
+        for file in sorted(out_dir.rglob("*"))
+        if file.is_file() and file.name not in (".lock", "train_args.json")
+    }
     for name in found:
         if name.endswith("eval.json"):
             found[name] = [r for r in json.loads(found[name]) if r["metric"] != "seconds"]
@@ -65,15 +102,27 @@ def results(out_dir):
 
 def method_at(out_dir):
     """The method that is not finished yet."""
-    return next((method for method in METHODS if not (out_dir / method / "eval.json").exists()), "(none)")
+    return next(
+        (method for method in METHODS if not (out_dir / method / "eval.json").exists()), "(none)"
+    )
 
 
 def campaign(kills, seed, folder):
     """({method: how often it was killed}, the files that differ from those of a run that was left alone)."""
     write_rows(folder)
-    chance, killed, wrong, began = random.Random(seed), collections.Counter(), [], time.perf_counter()
+    chance, killed, wrong, began = (
+        random.Random(seed),
+        collections.Counter(),
+        [],
+        time.perf_counter(),
+    )
     assert os.waitpid(begin(folder / "whole"), 0)[1] == 0
-    longest, whole, out_dir, runs = (time.perf_counter() - began) / 3, results(folder / "whole"), folder / "run0", 0
+    longest, whole, out_dir, runs = (
+        (time.perf_counter() - began) / 3,
+        results(folder / "whole"),
+        folder / "run0",
+        0,
+    )
     while sum(killed.values()) < kills or out_dir.exists():
         child = begin(out_dir)
         if sum(killed.values()) < kills:
@@ -82,27 +131,40 @@ def campaign(kills, seed, folder):
         status = os.waitpid(child, 0)[1]
         if status == signal.SIGKILL:
             killed[method_at(out_dir)] += 1
-        elif results(out_dir) == whole:                                     # it came to its end: another begins, if there are kills left
+        elif (
+            results(out_dir) == whole
+        ):  # it came to its end: another begins, if there are kills left
             runs += 1
             out_dir = folder / f"run{runs}"
         elif status:
-            wrong = [f"a run that {'hangs' if status == signal.SIGALRM else 'fails'}, at {method_at(out_dir)}"]
+            wrong = [
+                f"a run that {'hangs' if status == signal.SIGALRM else 'fails'}, at {method_at(out_dir)}"
+            ]
             break
         else:
-            wrong = [name for name in sorted(whole.keys() | results(out_dir).keys()) if whole.get(name) != results(out_dir).get(name)]
+            wrong = [
+                name
+                for name in sorted(whole.keys() | results(out_dir).keys())
+                if whole.get(name) != results(out_dir).get(name)
+            ]
             break
     return killed, wrong
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         killed, wrong = campaign(args.kills, args.seed, Path(folder))
-    print(f"{sum(killed.values())} kills, in {', '.join(f'{method} {n}' for method, n in killed.items() if n)}; " + (f"WRONG: {wrong}" if wrong else "every file alike"))
+    print(
+        f"{sum(killed.values())} kills, in {', '.join(f'{method} {n}' for method, n in killed.items() if n)}; "
+        + (f"WRONG: {wrong}" if wrong else "every file alike")
+    )
     sys.exit(bool(wrong))
 
 

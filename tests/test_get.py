@@ -1,4 +1,5 @@
 """Downloads against a server on localhost that serves a tiny checkpoint, cuts connections, redirects and lies."""
+
 import hashlib
 import json
 import subprocess
@@ -11,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import BASE, tiny_weights, write_checkpoint, write_tokenizer
 
 from minisap.checkpoint import load_model
-from tiny import BASE, tiny_weights, write_checkpoint, write_tokenizer
 from weights import get
 from weights.gguf import F32, Q4_1, Q8_0, dequantise, unpermute
 
@@ -22,14 +23,15 @@ NAME, REPOSITORY = "tinyllama-1.1b-chat", get.HUB["tinyllama-1.1b-chat"][0]
 
 class Hub(ThreadingHTTPServer):
     """files: {repository: {name: bytes}}; what goes wrong is set by the attributes."""
+
     daemon_threads = True
-    cut_after = None            # bytes sent before the connection breaks, while cuts > 0
+    cut_after = None  # bytes sent before the connection breaks, while cuts > 0
     cuts = 0
     resumes = True
-    redirect_to = None          # another server that has the files
-    token = None                # required
-    stalls = 0                  # so many times it sends cut_after bytes and then nothing
-    lie = None                  # replaces the content of files that it has a name for
+    redirect_to = None  # another server that has the files
+    token = None  # required
+    stalls = 0  # so many times it sends cut_after bytes and then nothing
+    lie = None  # replaces the content of files that it has a name for
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -44,7 +46,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub = self.server
-        hub.requests.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
+        hub.requests.append(
+            (self.path, self.headers.get("Range"), self.headers.get("Authorization"))
+        )
         if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.send_error(401, "Unauthorized")
         repository = "/".join(self.path.removeprefix("/api/models/").lstrip("/").split("/")[:2])
@@ -52,7 +56,9 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             return self.send_error(404, "Not Found")
         if self.path.startswith("/api/models/"):
-            return self.reply(200, json.dumps([entry(name, data) for name, data in files.items()]).encode())
+            return self.reply(
+                200, json.dumps([entry(name, data) for name, data in files.items()]).encode()
+            )
         if hub.redirect_to:
             self.send_response(302)
             self.send_header("Location", hub.redirect_to + self.path)
@@ -61,7 +67,11 @@ class Handler(BaseHTTPRequestHandler):
         data = (hub.lie or {}).get(name, files[name])
         if self.headers["Range"] == f"bytes={len(data)}-":
             return self.send_error(416, "Range Not Satisfiable")
-        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.headers["Range"] and hub.resumes else 0
+        start = (
+            int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            if self.headers["Range"] and hub.resumes
+            else 0
+        )
         self.reply(206 if start else 200, data[start:])
 
     def reply(self, status, data):
@@ -70,19 +80,34 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.server.stalls and not self.path.startswith("/api"):
             self.server.stalls -= 1
-            self.wfile.write(data[:self.server.cut_after])
+            self.wfile.write(data[: self.server.cut_after])
             time.sleep(1.0)
             return
-        if self.server.cuts and len(data) > (self.server.cut_after or 0) and not self.path.startswith("/api"):
+        if (
+            self.server.cuts
+            and len(data) > (self.server.cut_after or 0)
+            and not self.path.startswith("/api")
+        ):
             self.server.cuts -= 1
-            data = data[:self.server.cut_after]
+            data = data[: self.server.cut_after]
         self.wfile.write(data)
 
 
 def entry(name, data):
     if name.endswith((".safetensors", ".bin")):
-        return {"type": "file", "path": name, "size": len(data), "oid": "0" * 40, "lfs": {"oid": hashlib.sha256(data).hexdigest()}}
-    return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+        return {
+            "type": "file",
+            "path": name,
+            "size": len(data),
+            "oid": "0" * 40,
+            "lfs": {"oid": hashlib.sha256(data).hexdigest()},
+        }
+    return {
+        "type": "file",
+        "path": name,
+        "size": len(data),
+        "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+    }
 
 
 @pytest.fixture
@@ -102,10 +127,17 @@ def fetch(hub, tmp_path, name=NAME):
 
 def test_a_checkpoint_arrives_whole_and_loads(hub, tmp_path):
     out = fetch(hub, tmp_path)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert torch.equal(load_model(out).lm_head.weight, load_model(tmp_path / "source").lm_head.weight)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert torch.equal(
+        load_model(out).lm_head.weight, load_model(tmp_path / "source").lm_head.weight
+    )
     before = len(hub.requests)
-    fetch(hub, tmp_path)                                                # again: only the list of files is asked for
+    fetch(hub, tmp_path)  # again: only the list of files is asked for
     assert len(hub.requests) == before + 1
 
 
@@ -114,13 +146,17 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub, tmp_path):
     out = fetch(hub, tmp_path)
     ranges = [r for path, r, _ in hub.requests if path.endswith("model.safetensors")]
     assert ranges == [None, "bytes=10000-", "bytes=20000-", "bytes=30000-"]
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "source" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (
+        tmp_path / "source" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_server_that_falls_silent_is_left_and_asked_again(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(get, "TIMEOUT", 0.2)
     hub.stalls, hub.cut_after = 2, 100
-    assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == (tmp_path / "source" / "model.safetensors").read_bytes()
+    assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == (
+        tmp_path / "source" / "model.safetensors"
+    ).read_bytes()
     assert hub.stalls == 0
 
 
@@ -132,12 +168,16 @@ def test_a_list_without_end_is_refused(hub, tmp_path, monkeypatch):
 
 def test_a_server_that_cannot_resume_is_read_from_the_start(hub, tmp_path):
     hub.cuts, hub.cut_after, hub.resumes = 1, 10_000, False
-    assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == (tmp_path / "source" / "model.safetensors").read_bytes()
+    assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == (
+        tmp_path / "source" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_after_too_many_cuts_the_next_call_goes_on(hub, tmp_path):
     hub.cuts, hub.cut_after = get.ATTEMPTS, 5_000
-    with pytest.raises(ValueError, match=f"{get.ATTEMPTS} times; run the command again to go on from 25000 of"):
+    with pytest.raises(
+        ValueError, match=f"{get.ATTEMPTS} times; run the command again to go on from 25000 of"
+    ):
         fetch(hub, tmp_path)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     fetch(hub, tmp_path)
@@ -157,9 +197,15 @@ def test_a_repository_without_weights_is_no_success(hub, tmp_path):
         fetch(hub, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"size": "9"}, {"size": None}, {"path": 5}, {"lfs": "x"}, {"lfs": {}}, {"oid": None}])
+@pytest.mark.parametrize(
+    "change", [{"size": "9"}, {"size": None}, {"path": 5}, {"lfs": "x"}, {"lfs": {}}, {"oid": None}]
+)
 def test_a_list_that_is_none_is_refused_and_nothing_written(change, hub, tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "entry", lambda name, data: {"type": "file", "path": name, "size": 1, "oid": "0"} | change)
+    monkeypatch.setitem(
+        globals(),
+        "entry",
+        lambda name, data: {"type": "file", "path": name, "size": 1, "oid": "0"} | change,
+    )
     with pytest.raises(ValueError, match="not a list of files"):
         fetch(hub, tmp_path)
     assert not (tmp_path / "out").exists()
@@ -172,7 +218,14 @@ def test_a_pytorch_file_that_is_none_is_named(hub, tmp_path):
         fetch(hub, tmp_path)
 
 
-@pytest.mark.parametrize("lie", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data + b"more", lambda data: b"<html>login</html>"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: data + b"more",
+        lambda data: b"<html>login</html>",
+    ],
+)
 def test_a_file_that_is_not_the_announced_one_gets_no_name(lie, hub, tmp_path):
     hub.lie = {"model.safetensors": lie(hub.files[REPOSITORY]["model.safetensors"])}
     with pytest.raises(ValueError, match="not the announced file|run the command again"):
@@ -191,7 +244,9 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch, 
     cdn = Hub(hub.files)
     hub.token, hub.redirect_to = "hf_secret", cdn.url
     fetch(hub, tmp_path)
-    assert {auth for _, _, auth in hub.requests} == {"Bearer hf_secret"} and {auth for _, _, auth in cdn.requests} == {None}
+    assert {auth for _, _, auth in hub.requests} == {"Bearer hf_secret"} and {
+        auth for _, _, auth in cdn.requests
+    } == {None}
     assert "hf_secret" not in "".join(capsys.readouterr())
     cdn.shutdown()
     monkeypatch.setenv("HF_TOKEN", "hf_\x07secret")
@@ -201,14 +256,20 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch, 
 
 def test_a_gated_model_without_a_token_says_what_to_do(hub, tmp_path):
     hub.token = "hf_secret"
-    with pytest.raises(ValueError, match="401 Unauthorized; a gated model: accept its licence on its page and set HF_TOKEN"):
+    with pytest.raises(
+        ValueError,
+        match="401 Unauthorized; a gated model: accept its licence on its page and set HF_TOKEN",
+    ):
         fetch(hub, tmp_path)
 
 
 def test_pytorch_files_become_safetensors(hub, tmp_path):
     """Vicuna: .bin shards, no tokenizer.json, no template."""
     weights = tiny_weights(BASE)
-    names, files = sorted(weights), {"config.json": json.dumps(BASE).encode(), "tokenizer_config.json": b"{}"}
+    names, files = (
+        sorted(weights),
+        {"config.json": json.dumps(BASE).encode(), "tokenizer_config.json": b"{}"},
+    )
     for i in range(2):
         torch.save({name: weights[name] for name in names[i::2]}, tmp_path / "part")
         files[f"pytorch_model-0000{i + 1}-of-00002.bin"] = (tmp_path / "part").read_bytes()
@@ -219,17 +280,26 @@ def test_pytorch_files_become_safetensors(hub, tmp_path):
     assert not list(out.glob("*.bin"))
     before = len(hub.requests)
     fetch(hub, tmp_path, "vicuna-7b")
-    assert len(hub.requests) == before + 2                              # two lists, no file
-    (out / "pytorch_model-00002-of-00002.bin").write_bytes(b"left by an interruption between two deletions")
+    assert len(hub.requests) == before + 2  # two lists, no file
+    (out / "pytorch_model-00002-of-00002.bin").write_bytes(
+        b"left by an interruption between two deletions"
+    )
     fetch(hub, tmp_path, "vicuna-7b")
-    assert torch.equal(load_model(out).lm_head.weight, weights["lm_head.weight"]) and not list(out.glob("*.bin"))
+    assert torch.equal(load_model(out).lm_head.weight, weights["lm_head.weight"]) and not list(
+        out.glob("*.bin")
+    )
 
 
 def test_the_table_names_at_least_what_the_readme_promises(capsys):
     get.main(["--list"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     table = (Path(get.__file__).parent / "README.md").read_text()
-    promised = [name for line in table.splitlines() if line.startswith("| ") for name in line.split("|")[1].strip().split(", ")]
+    promised = [
+        name
+        for line in table.splitlines()
+        if line.startswith("| ")
+        for name in line.split("|")[1].strip().split(", ")
+    ]
     assert sorted(listed) == sorted(promised[1:]) and len(listed) == 17
 
 
@@ -238,7 +308,11 @@ def test_dequantised_blocks_follow_the_formula():
     d, m = np.float16(0.013), np.float16(-0.1)
     q = random.randint(0, 16, 32)
     block = d.tobytes() + m.tobytes() + (q[:16] | q[16:] << 4).astype(np.uint8).tobytes()
-    np.testing.assert_allclose(dequantise(np.frombuffer(block, np.uint8), Q4_1)[0], np.float32(d) * q + np.float32(m), rtol=1e-6)
+    np.testing.assert_allclose(
+        dequantise(np.frombuffer(block, np.uint8), Q4_1)[0],
+        np.float32(d) * q + np.float32(m),
+        rtol=1e-6,
+    )
     q = random.randint(-128, 128, 32).astype(np.int8)
     found = dequantise(np.frombuffer(d.tobytes() + q.tobytes(), np.uint8), Q8_0)[0]
     np.testing.assert_allclose(found, np.float32(d) * q, rtol=1e-6)
@@ -258,6 +332,20 @@ def test_unpermute_turns_interleaved_pairs_into_split_halves():
 
 
 def test_what_goes_wrong_is_one_line_and_status_2(hub, tmp_path):
-    command = [sys.executable, "weights/get.py", NAME, "--endpoint", "http://127.0.0.1:1", "--out_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=Path(get.__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: http://127.0.0.1:1/")
+    command = [
+        sys.executable,
+        "weights/get.py",
+        NAME,
+        "--endpoint",
+        "http://127.0.0.1:1",
+        "--out_dir",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        command, cwd=Path(get.__file__).parents[1], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and len(done.stderr.strip().splitlines()) == 1
+        and done.stderr.startswith("error: http://127.0.0.1:1/")
+    )

@@ -1,19 +1,20 @@
 """Every rival against its identity (its knob at 0 is SFT, or mix, bit for bit), and against its paper's formula by other means."""
+
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_sap import ARGS, LAYERS, example, gradient, moved, world  # noqa: F401 (a fixture)
+from tiny import BASE, tiny_model
 
 from minisap.data import collate
 from minisap.likelihood import response_nll, token_nll
 from minisap.lora import lora_layers
-from minisap.methods import METHODS
 from minisap.mechanism import leading_directions
+from minisap.methods import METHODS
 from minisap.rivals import ENDINGS, RIVALS, STAGES, STRENGTH
 from minisap.sap import put, safety_loss, unit, useful_loss
-from test_sap import ARGS, LAYERS, example, gradient, moved, world  # noqa: F401 (a fixture)
-from tiny import BASE, tiny_model
 
 
 def args_with(**strength):
@@ -36,7 +37,7 @@ def test_a_knob_at_0_is_sft_bit_for_bit_and_W_stays(method, world):  # noqa: F81
     """(vaccine's probe is each token's own, so that what rows have in common is computed for each: mix, to rounding.)"""
     model, W, batch, pairs = world
     args, state, saved = args_with(**{method: 0.0}), {"step": 0}, [w.detach().clone() for w in W]
-    RIVALS[method](model, W, batch, pairs, args, state)                                       # at the start
+    RIVALS[method](model, W, batch, pairs, args, state)  # at the start
     move(W, random_direction(W, 0.01))
     saved, state["step"] = [w.detach().clone() for w in W], 1
     found, log = RIVALS[method](model, W, batch, pairs, args, state)
@@ -62,11 +63,13 @@ def test_lisa_takes_turns_and_is_drawn_to_where_the_other_left_off(world):  # no
     model, W, batch, pairs = world
     state, anchors = {}, {}
     for step in range(12):
-        if step in (0, 9, 10):                                                                 # task, safe answers, task
+        if step in (0, 9, 10):  # task, safe answers, task
             anchors["now"] = [w.detach().clone() for w in W]
         state["step"], rows = step, pairs["safe"] if step == 9 else batch
         found, _ = RIVALS["lisa"](model, W, batch, pairs, args_with(lisa=0.3), state)
-        drawn = useful_loss(model, rows) + 0.15 * sum(((w - a) ** 2).sum() for w, a in zip(W, anchors["now"]))
+        drawn = useful_loss(model, rows) + 0.15 * sum(
+            ((w - a) ** 2).sum() for w, a in zip(W, anchors["now"])
+        )
         for a, b in zip(found, torch.autograd.grad(drawn, W)):
             torch.testing.assert_close(a, b)
         move(W, random_direction(W, 0.01))
@@ -94,7 +97,9 @@ def test_constrained_is_the_gradient_of_its_published_loss(world):  # noqa: F811
     RIVALS["constrained"](model, W, batch, pairs, args_with(), state)
     move(W, random_direction(W, 0.05))
     found, _ = RIVALS["constrained"](model, W, batch, pairs, args_with(), state)
-    beta = torch.tensor([[0.5, 2, 2, 2, 2, 0.1][min(int(place) - 4, 5)] for place in places], dtype=torch.float64)      # prompts have 4 tokens
+    beta = torch.tensor(
+        [[0.5, 2, 2, 2, 2, 0.1][min(int(place) - 4, 5)] for place in places], dtype=torch.float64
+    )  # prompts have 4 tokens
     assert len(set(beta.tolist())) == 3
     loss = -(2 / beta * F.logsigmoid(beta * (start - token_nll(model, batch)[0]))).mean()
     for a, b in zip(found, torch.autograd.grad(loss, W)):
@@ -104,7 +109,9 @@ def test_constrained_is_the_gradient_of_its_published_loss(world):  # noqa: F811
 def test_penalty_is_the_gradient_of_the_sum(world):  # noqa: F811
     model, W, batch, pairs = world
     expected = torch.autograd.grad(useful_loss(model, batch) + 0.3 * safety_loss(model, pairs), W)
-    for a, b in zip(RIVALS["penalty"](model, W, batch, pairs, args_with(penalty=0.3), {"step": 0})[0], expected):
+    for a, b in zip(
+        RIVALS["penalty"](model, W, batch, pairs, args_with(penalty=0.3), {"step": 0})[0], expected
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -119,18 +126,33 @@ def test_steer_is_the_gradient_at_a_constant_probe_from_safe_to_harmful(world): 
             states[key] = hidden[j].detach()[rows["labels"] != -100]
         away = states["harmful"].mean(0) - states["safe"].mean(0)
         V[j] = 0.1 * states["harmful"].norm(dim=-1).median() * away / away.norm()
-    for _ in range(2):                                                                         # the same probe after W has moved
-        for a, b in zip(RIVALS["steer"](model, W, batch, pairs, args, state)[0], gradient(model, W, batch, V)):
+    for _ in range(2):  # the same probe after W has moved
+        for a, b in zip(
+            RIVALS["steer"](model, W, batch, pairs, args, state)[0], gradient(model, W, batch, V)
+        ):
             torch.testing.assert_close(a, b)
         move(W, random_direction(W, 0.05))
 
 
 def test_vaccine_s_perturbation_raises_the_loss_as_its_norm_says(world):  # noqa: F811
     model, W, batch, pairs = world
-    values = [RIVALS["vaccine"](model, W, batch, pairs, args_with(vaccine=rho), {"step": 0})[1]["loss"] for rho in (0.0, 1e-4, 2e-4)]
+    values = [
+        RIVALS["vaccine"](model, W, batch, pairs, args_with(vaccine=rho), {"step": 0})[1]["loss"]
+        for rho in (0.0, 1e-4, 2e-4)
+    ]
     hidden = []
-    handles = [layer.register_forward_hook(lambda module, inputs, x: hidden.append(x)) for layer in model.model.layers]
-    nats = sum(F.cross_entropy(model(rows["input_ids"])[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), reduction="sum") for rows in (batch, pairs["safe"]))
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, x: hidden.append(x))
+        for layer in model.model.layers
+    ]
+    nats = sum(
+        F.cross_entropy(
+            model(rows["input_ids"])[:, :-1].flatten(0, 1),
+            rows["labels"][:, 1:].flatten(),
+            reduction="sum",
+        )
+        for rows in (batch, pairs["safe"])
+    )
     tokens = sum((rows["labels"] != -100).sum() for rows in (batch, pairs["safe"]))
     steepest = torch.sqrt(sum((g**2).sum() for g in torch.autograd.grad(nats / tokens, hidden)))
     for handle in handles:
@@ -141,7 +163,10 @@ def test_vaccine_s_perturbation_raises_the_loss_as_its_norm_says(world):  # noqa
 
 def test_booster_subtracts_what_a_harmful_step_would_gain(world):  # noqa: F811
     model, W, batch, pairs = world
-    nats_per_token = lambda: sum((n / t for n, t in zip(*response_nll(model, pairs["harmful"])))) / len(pairs["harmful"]["labels"])
+    nats_per_token = lambda: (
+        sum((n / t for n, t in zip(*response_nll(model, pairs["harmful"]))))
+        / len(pairs["harmful"]["labels"])
+    )
     harm = torch.enable_grad()(lambda: torch.autograd.grad(nats_per_token(), W))
     here = harm()
     there = moved(W, unit(here), -0.1, harm)
@@ -165,19 +190,26 @@ def test_ema_ends_with_the_moving_average_of_its_weights(world):  # noqa: F811
 
 def test_safelora_projects_what_strays_from_safety_training_once_and_for_all(world):  # noqa: F811
     model, W, batch, pairs = world
-    before, args, state = tiny_model(BASE | {"num_hidden_layers": 3}, seed=9), args_with(safelora=2.0), {"step": 0}
+    before, args, state = (
+        tiny_model(BASE | {"num_hidden_layers": 3}, seed=9),
+        args_with(safelora=2.0),
+        {"step": 0},
+    )
     name = "model.layers.1.self_attn.q_proj"
     lora = {n: layer for n, _, _, layer in lora_layers(model)}
-    weight = lambda: model.get_parameter(f"{name}.weight").detach() + (lora[name].scale * (lora[name].lora_B @ lora[name].lora_A).detach() if lora else 0)
+    weight = lambda: (
+        model.get_parameter(f"{name}.weight").detach()
+        + (lora[name].scale * (lora[name].lora_B @ lora[name].lora_A).detach() if lora else 0)
+    )
     aligned = model.get_parameter(f"{name}.weight").detach().clone()
     if lora:
-        put(W, [w * (i % 2 == 0) for i, w in enumerate(W)])                                    # LoRA starts with B = 0
+        put(W, [w * (i % 2 == 0) for i, w in enumerate(W)])  # LoRA starts with B = 0
     RIVALS["safelora"](model, W, batch, pairs, args, state)
     move(W, random_direction(W, 0.1))
     strayed = weight() - aligned
     ENDINGS["safelora"](model, W, args_with(safelora=0.01), state, before)
-    torch.testing.assert_close(weight() - aligned, strayed)                                    # near enough: as it was
-    ENDINGS["safelora"](model, W, args, state, before)                                         # a cosine of 2: all is projected
+    torch.testing.assert_close(weight() - aligned, strayed)  # near enough: as it was
+    ENDINGS["safelora"](model, W, args, state, before)  # a cosine of 2: all is projected
     once = weight() - aligned
     U = leading_directions(aligned - before.get_parameter(f"{name}.weight").detach(), 0.9)
     torch.testing.assert_close(once, U @ U.T @ strayed)

@@ -1,9 +1,11 @@
 """The method against calculus, in float64, and against its limit cases."""
+
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import BASE, beginnings, slope_by_hand, tiny_model
 
 from minisap import likelihood, sap
 from minisap.align import ALIGN
@@ -14,11 +16,22 @@ from minisap.likelihood import response_nll
 from minisap.lora import add_lora
 from minisap.methods import FILTERS, METHODS, released
 from minisap.rivals import STRENGTH
-from minisap.sap import (fit_probe, harmful_direction, inner, median_norm, paper_step, probe_gradient, probe_gradient_by_difference, project_out_harm,
-                         safety_loss, sap_step, unit, useful_loss)
+from minisap.sap import (
+    fit_probe,
+    harmful_direction,
+    inner,
+    median_norm,
+    paper_step,
+    probe_gradient,
+    probe_gradient_by_difference,
+    project_out_harm,
+    safety_loss,
+    sap_step,
+    unit,
+    useful_loss,
+)
 from minisap.tangents import derivative_along
 from minisap.tokenizer import Tokenizer
-from tiny import BASE, beginnings, slope_by_hand, tiny_model
 
 LAYERS = [0, 1]
 
@@ -40,7 +53,7 @@ def world(request):
             torch.nn.init.normal_(w, std=0.1, generator=torch.Generator().manual_seed(i))
     else:
         W = list(model.parameters())
-    batch = collate([example(i, i // 2, n=6 + i) for i in range(4)])            # of two prompts
+    batch = collate([example(i, i // 2, n=6 + i) for i in range(4)])  # of two prompts
     return model, W, batch, collate_pairs(PAIRS)
 
 
@@ -71,7 +84,9 @@ def moved(W, direction, step, value):
 def test_useful_loss_is_cross_entropy_of_shifted_labels(world):
     model, _, batch, _ = world
     logits = model(batch["input_ids"])
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+    )
     torch.testing.assert_close(useful_loss(model, batch), expected)
 
 
@@ -79,19 +94,32 @@ def test_safety_loss_is_the_mean_difference_of_per_token_nll(world):
     model, _, _, pairs = world
 
     def nll(batch, row):
-        ids, labels = batch["input_ids"][row:row + 1], batch["labels"][row]
+        ids, labels = batch["input_ids"][row : row + 1], batch["labels"][row]
         logp = torch.log_softmax(model(ids), dim=-1)[0]
-        return -torch.stack([logp[t - 1, labels[t]] for t in range(1, len(labels)) if labels[t] != -100]).mean()
+        return -torch.stack(
+            [logp[t - 1, labels[t]] for t in range(1, len(labels)) if labels[t] != -100]
+        ).mean()
 
-    expected = torch.stack([nll(pairs["safe"], i) - nll(pairs["harmful"], i) for i in range(3)]).mean()
+    expected = torch.stack(
+        [nll(pairs["safe"], i) - nll(pairs["harmful"], i) for i in range(3)]
+    ).mean()
     torch.testing.assert_close(safety_loss(model, pairs), expected)
 
 
 def test_two_answers_of_one_prompt_are_those_of_two_batches(world):
     """Loss and gradient, of prompts and answers of any length; one answer's labels begin a token before the other's, as where a tokenizer merges."""
     model, W, _, _ = world
-    cut = lambda row, prompt: {"input_ids": row["input_ids"], "labels": [-100] * prompt + row["input_ids"][prompt:]}
-    pairs = [(cut(example(20 + i, 10 + i, n=6 + 2 * i), 4), cut(example(30 + i, 10 + i, n=12 - 3 * i), 4 - i % 2)) for i in range(3)]
+    cut = lambda row, prompt: {
+        "input_ids": row["input_ids"],
+        "labels": [-100] * prompt + row["input_ids"][prompt:],
+    }
+    pairs = [
+        (
+            cut(example(20 + i, 10 + i, n=6 + 2 * i), 4),
+            cut(example(30 + i, 10 + i, n=12 - 3 * i), 4 - i % 2),
+        )
+        for i in range(3)
+    ]
     (safe, n), (harmful, m) = (response_nll(model, collate(rows)) for rows in zip(*pairs))
     expected = (safe / n - harmful / m).mean()
     found = safety_loss(model, collate_pairs(pairs))
@@ -131,9 +159,18 @@ def test_probe_gradient_equals_central_differences(world):
         for i in (0, 7, 31):
             e = torch.zeros(32, dtype=torch.float64)
             e[i] = h
-            there, back = ((gradient(model, W, batch, {j: v}), useful_loss(model, batch, {j: v})) for v in (e, -e))
-            assert d[j][i].item() == pytest.approx((inner(there[0], g_hat) - inner(back[0], g_hat)).item() / (2 * h), rel=1e-5, abs=1e-9)
-            assert g_V[j][i].item() == pytest.approx((there[1] - back[1]).item() / (2 * h), rel=1e-5, abs=1e-9)
+            there, back = (
+                (gradient(model, W, batch, {j: v}), useful_loss(model, batch, {j: v}))
+                for v in (e, -e)
+            )
+            assert d[j][i].item() == pytest.approx(
+                (inner(there[0], g_hat) - inner(back[0], g_hat)).item() / (2 * h),
+                rel=1e-5,
+                abs=1e-9,
+            )
+            assert g_V[j][i].item() == pytest.approx(
+                (there[1] - back[1]).item() / (2 * h), rel=1e-5, abs=1e-9
+            )
 
 
 def test_a_slope_is_the_steepest_of_the_answer_s_beginnings(world):
@@ -147,11 +184,15 @@ def test_a_slope_is_the_steepest_of_the_answer_s_beginnings(world):
         whole = [inner(gradient(model, W, collate([row])), toward).item() for row in ROWS]
         assert slopes.tolist() == pytest.approx(expected) and not slopes.requires_grad
         steeper += sum(slope < 1.01 * min(0, alone) for slope, alone in zip(expected, whole))
-    assert steeper                                                                             # than the whole answer
+    assert steeper  # than the whole answer
     t, begun = beginnings(ROWS[-1])[-1]
     loss = lambda: t * useful_loss(model, begun).item()
-    alone = sap.row_slopes(model, W, g_hat, begun, 1000.0)                                     # of beginnings that all count as many the whole is the steepest here
-    assert 1000 * alone.item() == pytest.approx((moved(W, g_hat, h, loss) - moved(W, g_hat, -h, loss)) / (2 * h), rel=1e-5)
+    alone = sap.row_slopes(
+        model, W, g_hat, begun, 1000.0
+    )  # of beginnings that all count as many the whole is the steepest here
+    assert 1000 * alone.item() == pytest.approx(
+        (moved(W, g_hat, h, loss) - moved(W, g_hat, -h, loss)) / (2 * h), rel=1e-5
+    )
     assert torch.equal(model(batch["input_ids"]), logits)
 
 
@@ -178,12 +219,22 @@ def test_a_token_whose_slope_is_no_number_leaves_its_row_with_none(world, monkey
     n = int((batch["labels"][:, 1:] != -100).sum())
     for place in (0, n - 1):
         for value in (float("inf"), -float("inf"), float("nan")):
-            monkeypatch.setattr(sap, "derivative_along", lambda *args: -torch.ones(n, dtype=torch.float64).index_fill(0, torch.tensor(place), -value))
+            monkeypatch.setattr(
+                sap,
+                "derivative_along",
+                lambda *args: (
+                    -torch.ones(n, dtype=torch.float64).index_fill(0, torch.tensor(place), -value)
+                ),
+            )
             slopes = sap.row_slopes(model, W, W, batch, min_tokens=1)
-            assert slopes.isfinite().tolist() == [b != (0 if place == 0 else len(slopes) - 1) for b in range(len(slopes))]
+            assert slopes.isfinite().tolist() == [
+                b != (0 if place == 0 else len(slopes) - 1) for b in range(len(slopes))
+            ]
 
 
-ROWS = [example(i, n=6 + i) for i in range(4)] + [example(30 + i, 10 + i, n=7 + i) for i in range(3)]                # the last: harmful answers
+ROWS = [example(i, n=6 + i) for i in range(4)] + [
+    example(30 + i, 10 + i, n=7 + i) for i in range(3)
+]  # the last: harmful answers
 
 
 def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
@@ -192,9 +243,15 @@ def test_a_probe_on_rows_leaves_out_those_whose_loss_falls_along_g_hat(world):
     g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
     norm = inner(g_safe, g_safe).sqrt().item()
     slopes = [slope_by_hand(model, W, unit(g_safe), row, 4) for row in ROWS]
-    for gate, batch_size in ((1e-9, 3), (-sorted(slopes)[2] / norm * 1.001, 7), (1e6, 2)):                     # all that fall; the two steepest; none
+    for gate, batch_size in (
+        (1e-9, 3),
+        (-sorted(slopes)[2] / norm * 1.001, 7),
+        (1e6, 2),
+    ):  # all that fall; the two steepest; none
         kept = [slope >= -gate * norm for slope in slopes]
-        assert sap.fit_rows(model, W, g_safe, ROWS, gate, 4, batch_size).tolist() == kept and (0 < sum(kept) < 7 or gate == 1e6 and sum(kept) == 7)
+        assert sap.fit_rows(model, W, g_safe, ROWS, gate, 4, batch_size).tolist() == kept and (
+            0 < sum(kept) < 7 or gate == 1e6 and sum(kept) == 7
+        )
 
 
 def test_the_safety_gradient_of_many_pairs_is_that_of_one_batch(world):
@@ -207,14 +264,25 @@ def test_the_safety_gradient_of_many_pairs_is_that_of_one_batch(world):
 
 def test_rows_are_chosen_among_those_that_the_run_comes_to(world, monkeypatch):
     model, W, _, _ = world
-    asked, fit = [], lambda model, W, g_safe, *args: asked.append(args) or torch.zeros(4, dtype=bool)
+    asked, fit = (
+        [],
+        lambda model, W, g_safe, *args: asked.append(args) or torch.zeros(4, dtype=bool),
+    )
     monkeypatch.setattr("minisap.methods.fit_rows", fit)
-    args = Namespace(**{**vars(ARGS), "gate": 0.3, "steps": 2, "batch_size": 2, "seed": 5, "pairs_per_step": 2})
+    args = Namespace(
+        **{**vars(ARGS), "gate": 0.3, "steps": 2, "batch_size": 2, "seed": 5, "pairs_per_step": 2}
+    )
     counts = FILTERS["sap"](model, W, ROWS, PAIRS, args)
     seen = [row for step in range(2) for row in batch_rows(ROWS, 2, step, 5)]
     assert counts == [False if row in seen else None for row in ROWS] and len(seen) == 4
-    assert asked == [([row for row in ROWS if row in seen], 0.3, 4, 8)]                                            # the pairs' harmful answers have 3, 4 and 5 tokens
-    assert FILTERS["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(args), "gate": 0.0})) == [True if row in seen else None for row in ROWS] and len(asked) == 1
+    assert asked == [
+        ([row for row in ROWS if row in seen], 0.3, 4, 8)
+    ]  # the pairs' harmful answers have 3, 4 and 5 tokens
+    assert (
+        FILTERS["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(args), "gate": 0.0}))
+        == [True if row in seen else None for row in ROWS]
+        and len(asked) == 1
+    )
 
 
 def test_a_batch_of_which_no_row_is_left_gives_the_safety_loss_alone(world):
@@ -230,28 +298,48 @@ def test_g_hat_is_kept_between_refreshes(world):
     model, W, batch, pairs = world
     toward, state = pairs["harmful"], {}
     first, log = sap_step(model, W, toward, pairs, {"step": 0}, safety_weight=0.1)
-    for step, contrast, expected in ((0, pairs, first), (1, FLIPPED, first), (2, FLIPPED, sap_step(model, W, toward, FLIPPED, {"step": 0}, safety_weight=0.1)[0])):
+    for step, contrast, expected in (
+        (0, pairs, first),
+        (1, FLIPPED, first),
+        (2, FLIPPED, sap_step(model, W, toward, FLIPPED, {"step": 0}, safety_weight=0.1)[0]),
+    ):
         state["step"] = step
         found, log = sap_step(model, W, toward, contrast, state, safety_weight=0.1, refresh=2)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and ("safety_loss" in log) == (step % 2 == 0)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)) and (
+            "safety_loss" in log
+        ) == (step % 2 == 0)
 
 
 def test_the_paper_s_g_hat_and_probe_are_kept_between_refreshes(world):
     """The second step takes those of the first, whatever its pairs and its batch; its batch is its own."""
     model, W, batch, pairs = world
-    state, rows = {}, [collate(ROWS[i:i + 2]) for i in range(3)]
-    step = lambda state, rows, contrast, refresh=1: paper_step(model, W, rows, contrast, state, LAYERS, 0.3, projection=True, refresh=refresh)[0]
+    state, rows = {}, [collate(ROWS[i : i + 2]) for i in range(3)]
+    step = lambda state, rows, contrast, refresh=1: paper_step(
+        model, W, rows, contrast, state, LAYERS, 0.3, projection=True, refresh=refresh
+    )[0]
     V = fit_probe(model, W, g_hat_of(world), rows[0], LAYERS, 0.3)
-    between = project_out_harm(torch.autograd.grad(useful_loss(model, rows[1], V), W), g_hat_of(world))
-    for number, contrast, expected in ((0, pairs, step({"step": 0}, rows[0], pairs)), (1, FLIPPED, between), (2, FLIPPED, step({"step": 0}, rows[2], FLIPPED))):
+    between = project_out_harm(
+        torch.autograd.grad(useful_loss(model, rows[1], V), W), g_hat_of(world)
+    )
+    for number, contrast, expected in (
+        (0, pairs, step({"step": 0}, rows[0], pairs)),
+        (1, FLIPPED, between),
+        (2, FLIPPED, step({"step": 0}, rows[2], FLIPPED)),
+    ):
         state["step"] = number
-        assert all(torch.equal(a, b) for a, b in zip(step(state, rows[number], contrast, refresh=2), expected))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(step(state, rows[number], contrast, refresh=2), expected)
+        )
 
 
 def test_the_refusal_weight_adds_the_gradient_of_the_refusals_cross_entropy(world):
     model, W, batch, pairs = world
     found, log = sap_step(model, W, batch, pairs, {"step": 0}, refusal_weight=0.3)
-    for a, b in zip(found, torch.autograd.grad(useful_loss(model, batch) + 0.3 * useful_loss(model, pairs["safe"]), W)):
+    for a, b in zip(
+        found,
+        torch.autograd.grad(useful_loss(model, batch) + 0.3 * useful_loss(model, pairs["safe"]), W),
+    ):
         torch.testing.assert_close(a, b)
     assert log["refusal_loss"] == useful_loss(model, pairs["safe"]).item()
 
@@ -260,22 +348,36 @@ def test_the_safety_weight_adds_the_safety_loss_s_gradient_after_the_projection(
     model, W, batch, pairs = world
     g_safe = torch.autograd.grad(safety_loss(model, pairs), W)
     plain, _ = sap_step(model, W, pairs["harmful"], pairs, {"step": 0}, projection=True)
-    found, _ = sap_step(model, W, pairs["harmful"], pairs, {"step": 0}, projection=True, safety_weight=0.3)
+    found, _ = sap_step(
+        model, W, pairs["harmful"], pairs, {"step": 0}, projection=True, safety_weight=0.3
+    )
     for a, b, c in zip(found, plain, g_safe):
         torch.testing.assert_close(a, b + 0.3 * c)
-    expected, _ = METHODS["penalty"](model, W, batch, pairs, Namespace(strength={"penalty": 0.3}), {"step": 0})
-    for a, b in zip(sap_step(model, W, batch, pairs, {"step": 0}, safety_weight=0.3)[0], expected):       # no probe, no projection
+    expected, _ = METHODS["penalty"](
+        model, W, batch, pairs, Namespace(strength={"penalty": 0.3}), {"step": 0}
+    )
+    for a, b in zip(
+        sap_step(model, W, batch, pairs, {"step": 0}, safety_weight=0.3)[0], expected
+    ):  # no probe, no projection
         torch.testing.assert_close(a, b)
 
 
-def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identical(world, monkeypatch):
+def test_finite_difference_tends_to_the_exact_derivative_and_leaves_W_bit_identical(
+    world, monkeypatch
+):
     model, W, batch, _ = world
     g_hat, before = g_hat_of(world), [w.detach().clone() for w in W]
     exact = probe_gradient(model, W, g_hat, batch, LAYERS)
     asked, own = [], likelihood.prefixes_of
-    monkeypatch.setattr(likelihood, "prefixes_of", lambda *args: asked.append(own(*args).origin.tolist()) or own(*args))
-    difference = probe_gradient_by_difference(model, W, g_hat, batch, LAYERS, epsilon=1e-6, hidden=[])
-    assert len(asked) == 2 and asked[0] == asked[1]                             # else rounding would not cancel
+    monkeypatch.setattr(
+        likelihood,
+        "prefixes_of",
+        lambda *args: asked.append(own(*args).origin.tolist()) or own(*args),
+    )
+    difference = probe_gradient_by_difference(
+        model, W, g_hat, batch, LAYERS, epsilon=1e-6, hidden=[]
+    )
+    assert len(asked) == 2 and asked[0] == asked[1]  # else rounding would not cancel
     for j in LAYERS:
         assert F.cosine_similarity(exact[0][j], difference[0][j], dim=-1).min() > 0.99999
         torch.testing.assert_close(exact[1][j], difference[1][j])
@@ -305,7 +407,9 @@ def test_the_probe_turns_the_gradient_away_from_harm_by_the_predicted_amount(wor
     V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3)
     d, _ = probe_gradient(model, W, g_hat, batch, LAYERS)
     predicted = sum((V[j] * d[j]).sum() for j in LAYERS).item()
-    measured = (inner(gradient(model, W, batch, V), g_hat) - inner(gradient(model, W, batch), g_hat)).item()
+    measured = (
+        inner(gradient(model, W, batch, V), g_hat) - inner(gradient(model, W, batch), g_hat)
+    ).item()
     assert measured > 0 and measured == pytest.approx(predicted, rel=0.02)
 
 
@@ -315,7 +419,9 @@ def test_the_probe_is_the_bare_direction_and_its_cosine_with_the_task_s_is_logge
     V = fit_probe(model, W, g_hat, batch, LAYERS, 1e-3, log=log)
     d, g_V = probe_gradient(model, W, g_hat, batch, LAYERS)
     assert all(F.cosine_similarity(V[j], d[j], dim=0) > 1 - 1e-12 for j in LAYERS)
-    assert log["probe_cosine"] == pytest.approx(sum(F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in LAYERS) / 2)
+    assert log["probe_cosine"] == pytest.approx(
+        sum(F.cosine_similarity(d[j], g_V[j], dim=0).item() for j in LAYERS) / 2
+    )
 
 
 def test_probe_has_the_asked_norm_relative_to_the_hidden_states(world):
@@ -323,7 +429,9 @@ def test_probe_has_the_asked_norm_relative_to_the_hidden_states(world):
     V, hidden = fit_probe(model, W, g_hat_of(world), batch, LAYERS, radius=0.3), []
     model.model(batch["input_ids"], hidden=hidden)
     for j in LAYERS:
-        norms = torch.stack([hidden[j][b, t].norm() for b in range(4) for t in range(4, 6 + b)])      # labelled tokens
+        norms = torch.stack(
+            [hidden[j][b, t].norm() for b in range(4) for t in range(4, 6 + b)]
+        )  # labelled tokens
         assert V[j].norm().item() == pytest.approx(0.3 * norms.median().item())
         assert median_norm(hidden[j], batch) == norms.median()
 
@@ -331,32 +439,49 @@ def test_probe_has_the_asked_norm_relative_to_the_hidden_states(world):
 def test_projection_removes_only_what_leads_to_harm(world):
     model, W, batch, _ = world
     g_hat, g = g_hat_of(world), gradient(model, W, batch)
-    toward = [x - (inner(g, g_hat) + 1) * h for x, h in zip(g, g_hat)]           # ⟨toward, ĝ⟩ = −1
+    toward = [x - (inner(g, g_hat) + 1) * h for x, h in zip(g, g_hat)]  # ⟨toward, ĝ⟩ = −1
     away = [-x for x in toward]
     projected = project_out_harm(toward, g_hat)
-    assert inner(toward, g_hat).item() == pytest.approx(-1) and inner(projected, g_hat).item() == pytest.approx(0, abs=1e-12)
+    assert inner(toward, g_hat).item() == pytest.approx(-1) and inner(
+        projected, g_hat
+    ).item() == pytest.approx(0, abs=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(project_out_harm(away, g_hat), away))
-    for a, b in zip(project_out_harm(projected, g_hat), projected):              # idempotent
+    for a, b in zip(project_out_harm(projected, g_hat), projected):  # idempotent
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_and_projections_do_not_suffer_from_half_precision(dtype):
-    tiny = [torch.full((3000,), 1e-4, dtype=dtype)]                             # squares vanish in float16
+    tiny = [torch.full((3000,), 1e-4, dtype=dtype)]  # squares vanish in float16
     assert inner(unit(tiny), unit(tiny)).item() == pytest.approx(1, rel=1e-5)
     g_hat = unit([torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)])
     projected = project_out_harm([(-3 * g_hat[0]).to(dtype)], g_hat)
     assert projected[0].dtype == dtype and abs(inner(projected, g_hat).item()) < 1e-3
 
 
-ARGS = Namespace(gate=0.0, layers=LAYERS, radius=0.1, epsilon=0.0, projection="on", safety_weight=0.0, refusal_weight=0.0, refresh=1, seed=0, steps=9, strength=STRENGTH)
+ARGS = Namespace(
+    gate=0.0,
+    layers=LAYERS,
+    radius=0.1,
+    epsilon=0.0,
+    projection="on",
+    safety_weight=0.0,
+    refusal_weight=0.0,
+    refresh=1,
+    seed=0,
+    steps=9,
+    strength=STRENGTH,
+)
 
 
 def test_without_probe_and_projection_sap_and_the_paper_s_are_sft_bit_for_bit(world):
     model, W, batch, pairs = world
     expected, _ = METHODS["sft"](model, W, batch, pairs, ARGS, {"step": 0})
-    for found, _ in (sap_step(model, W, batch, pairs, {"step": 0}), paper_step(model, W, batch, pairs, {"step": 0}, LAYERS, radius=0.0),
-                     paper_step(model, W, batch, pairs, {"step": 0}, [], radius=1.0)):
+    for found, _ in (
+        sap_step(model, W, batch, pairs, {"step": 0}),
+        paper_step(model, W, batch, pairs, {"step": 0}, LAYERS, radius=0.0),
+        paper_step(model, W, batch, pairs, {"step": 0}, [], radius=1.0),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -364,7 +489,10 @@ def test_the_paper_s_is_the_gradient_at_the_probe_and_paper_project_its_projecti
     model, W, batch, pairs = world
     g_hat = g_hat_of(world)
     at_probe = gradient(model, W, batch, fit_probe(model, W, g_hat, batch, LAYERS, 0.1))
-    for method, expected in (("paper", at_probe), ("paper_project", project_out_harm(at_probe, g_hat))):
+    for method, expected in (
+        ("paper", at_probe),
+        ("paper_project", project_out_harm(at_probe, g_hat)),
+    ):
         for a, b in zip(METHODS[method](model, W, batch, pairs, ARGS, {"step": 0})[0], expected):
             torch.testing.assert_close(a, b)
 
@@ -395,27 +523,44 @@ def test_probes_of_norm_0_are_sft_and_the_projection(world):
     model, W, batch, pairs = world
     without = Namespace(**{**vars(ARGS), "radius": 0.0})
     for probe, plain in (("random_probe", "sft"), ("paper", "sft"), ("paper_project", "project")):
-        found, expected = (METHODS[method](model, W, batch, pairs, without, {"step": 0})[0] for method in (probe, plain))
+        found, expected = (
+            METHODS[method](model, W, batch, pairs, without, {"step": 0})[0]
+            for method in (probe, plain)
+        )
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def test_random_probe_has_sap_s_norms_and_changes_with_step_and_seed(world, monkeypatch):
     model, W, batch, pairs = world
     used = []
-    monkeypatch.setattr("minisap.methods.useful_loss", lambda m, b, V=None, hidden=None: used.append(V) or useful_loss(m, b, V, hidden))
+    monkeypatch.setattr(
+        "minisap.methods.useful_loss",
+        lambda m, b, V=None, hidden=None: used.append(V) or useful_loss(m, b, V, hidden),
+    )
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        METHODS["random_probe"](model, W, batch, None, Namespace(**{**vars(ARGS), "seed": seed}), {"step": step})
+        METHODS["random_probe"](
+            model, W, batch, None, Namespace(**{**vars(ARGS), "seed": seed}), {"step": step}
+        )
     V_safe = fit_probe(model, W, g_hat_of(world), batch, LAYERS, 0.1)
     first, again, later, other = (V for V in used if V)
     for j in LAYERS:
         assert first[j].norm().item() == pytest.approx(V_safe[j].norm().item())
-        assert torch.equal(first[j], again[j]) and not torch.equal(first[j], later[j]) and not torch.equal(first[j], other[j])
+        assert (
+            torch.equal(first[j], again[j])
+            and not torch.equal(first[j], later[j])
+            and not torch.equal(first[j], other[j])
+        )
 
 
 def test_mix_is_cross_entropy_over_both_sets_of_rows(world):
     model, W, batch, pairs = world
-    rows = [example(i, i // 2, n=6 + i) for i in range(4)] + [example(20 + i, 10 + i) for i in range(3)]
-    for a, b in zip(METHODS["mix"](model, W, batch, pairs, ARGS, {"step": 0})[0], gradient(model, W, collate(rows))):
+    rows = [example(i, i // 2, n=6 + i) for i in range(4)] + [
+        example(20 + i, 10 + i) for i in range(3)
+    ]
+    for a, b in zip(
+        METHODS["mix"](model, W, batch, pairs, ARGS, {"step": 0})[0],
+        gradient(model, W, collate(rows)),
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -423,13 +568,15 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
     model, W, batch, pairs = world
     second, state = collate([example(50 + i) for i in range(3)]), {}
     first, _ = released(model, W, batch, pairs, ARGS, state)
-    assert all(torch.equal(a, b) for a, b in zip(first, gradient(model, W, batch)))               # no probe yet
+    assert all(torch.equal(a, b) for a, b in zip(first, gradient(model, W, batch)))  # no probe yet
     found, _ = released(model, W, second, pairs, ARGS, state)
-    d_of = lambda rows: probe_gradient_by_difference(model, W, g_hat_of(world), rows, [0], 2e-5)[0][0]
-    V = {0: 0.05 * d_of(batch) / (d_of(batch).abs() + 1e-8)}                                                     # Adam's first step
+    d_of = lambda rows: probe_gradient_by_difference(model, W, g_hat_of(world), rows, [0], 2e-5)[0][
+        0
+    ]
+    V = {0: 0.05 * d_of(batch) / (d_of(batch).abs() + 1e-8)}  # Adam's first step
     for a, b in zip(found, gradient(model, W, second, V)):
         torch.testing.assert_close(a, b)
-    v = torch.zeros(32, dtype=torch.float64, requires_grad=True)                                                 # and its second, by PyTorch
+    v = torch.zeros(32, dtype=torch.float64, requires_grad=True)  # and its second, by PyTorch
     adam = torch.optim.AdamW([v], lr=0.05, weight_decay=0.0)
     for rows in (batch, second):
         v.data.zero_()
@@ -443,19 +590,56 @@ def test_released_trains_each_batch_with_the_probe_of_the_batch_before(world):
 def test_the_methods_pass_every_argument_on(world):
     model, W, batch, pairs = world
     both = collate(ROWS)
-    args = Namespace(**{**vars(ARGS), "layers": [0], "radius": 0.3, "epsilon": 0.1, "safety_weight": 0.3, "refusal_weight": 0.2, "refresh": 2})
+    args = Namespace(
+        **{
+            **vars(ARGS),
+            "layers": [0],
+            "radius": 0.3,
+            "epsilon": 0.1,
+            "safety_weight": 0.3,
+            "refusal_weight": 0.2,
+            "refresh": 2,
+        }
+    )
     for change in ({}, {"projection": "off"}, {"safety_weight": 0.0}, {"refusal_weight": 0.0}):
         changed = {**vars(args), **change}
-        expected, _ = sap_step(model, W, both, pairs, {"step": 0}, changed["projection"] == "on", changed["safety_weight"], changed["refusal_weight"], refresh=2)
+        expected, _ = sap_step(
+            model,
+            W,
+            both,
+            pairs,
+            {"step": 0},
+            changed["projection"] == "on",
+            changed["safety_weight"],
+            changed["refusal_weight"],
+            refresh=2,
+        )
         found, _ = METHODS["sap"](model, W, both, pairs, Namespace(**changed), {"step": 0})
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
     state = {"step": 0}
     METHODS["sap"](model, W, both, pairs, args, state)
-    assert "g_safe" in state                                                                                    # refresh arrives
+    assert "g_safe" in state  # refresh arrives
     for epsilon in (0.0, 0.1):
         for name in ("paper", "paper_project"):
-            expected, _ = paper_step(model, W, both, pairs, {"step": 0}, [0], 0.3, epsilon, projection=name == "paper_project")
-            found, _ = METHODS[name](model, W, both, pairs, Namespace(**{**vars(args), "epsilon": epsilon}), state := {"step": 0})
+            expected, _ = paper_step(
+                model,
+                W,
+                both,
+                pairs,
+                {"step": 0},
+                [0],
+                0.3,
+                epsilon,
+                projection=name == "paper_project",
+            )
+            found, _ = METHODS[name](
+                model,
+                W,
+                both,
+                pairs,
+                Namespace(**{**vars(args), "epsilon": epsilon}),
+                state := {"step": 0},
+            )
             assert all(torch.equal(a, b) for a, b in zip(found, expected)) and "probe" in state
 
 
@@ -464,7 +648,10 @@ def test_a_slope_that_is_no_number_is_found_though_another_row_has_its_source(wo
     model, W, _, _ = world
     monkeypatch.setattr(sap, "row_slopes", lambda *args: torch.tensor([1.0, float("nan"), 1.0]))
     rows = [row | {"source": source} for row, source in zip(ROWS, ("a:1", "a:2", "a:2"))]
-    for asked in (lambda: sap.fit_rows(model, W, [torch.ones_like(w) for w in W], rows, 0.5, 1, 3), lambda: sap.slopes_of(model, W, W, rows, 1, 3)):
+    for asked in (
+        lambda: sap.fit_rows(model, W, [torch.ones_like(w) for w in W], rows, 0.5, 1, 3),
+        lambda: sap.slopes_of(model, W, W, rows, 1, 3),
+    ):
         with pytest.raises(NotFinite, match="the slope of a:2 is nan"):
             asked()
 
@@ -475,7 +662,9 @@ def test_checkpointing_changes_no_bit(world):
     everything = lambda: [*gradient(model, W, batch), *g_hat_of(world)]
 
     def kept():
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.numel()) or x, lambda x: x
+        ):
             useful_loss(model, batch)
         return sum(sizes)
 
@@ -487,25 +676,36 @@ def test_checkpointing_changes_no_bit(world):
 
 def test_checkpointing_rests_while_something_moves_and_no_longer(world):
     model, W, batch, _ = world
-    probed = lambda: [d for found in probe_gradient(model, W, g_hat_of(world), batch, LAYERS) for d in found.values()]
+    probed = lambda: [
+        d
+        for found in probe_gradient(model, W, g_hat_of(world), batch, LAYERS)
+        for d in found.values()
+    ]
     plain, model.model.checkpointing = probed(), True
     assert all(torch.equal(a, b) for a, b in zip(probed(), plain)) and model.model.checkpointing
     with pytest.raises(ZeroDivisionError):
         derivative_along(model, W, W, lambda _: 1 / 0)
-    assert model.model.checkpointing and all(isinstance(w, torch.nn.Parameter) for w in model.parameters())
+    assert model.model.checkpointing and all(
+        isinstance(w, torch.nn.Parameter) for w in model.parameters()
+    )
 
 
 def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(world, monkeypatch):
     """To rounding, and the same slopes; the largest thing that is kept is not the logits."""
     model, W, batch, pairs = world
-    derivatives = lambda: [*gradient(model, W, batch), sap.row_slopes(model, W, g_hat_of(world), batch, min_tokens=1)]
+    derivatives = lambda: [
+        *gradient(model, W, batch),
+        sap.row_slopes(model, W, g_hat_of(world), batch, min_tokens=1),
+    ]
     plain = derivatives()
     model.model.checkpointing = True
     monkeypatch.setattr(likelihood, "HEAD_TOKENS", 2)
     for a, b in zip(derivatives(), plain, strict=True):
         torch.testing.assert_close(a, b)
     largest = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: largest.append(x.numel()) or x, lambda x: x
+    ):
         useful_loss(model, batch)
     labels = (batch["labels"] != -100).sum().item()
     assert max(largest) < labels * model.config.vocab_size
@@ -514,8 +714,17 @@ def test_logits_of_a_few_tokens_at_a_time_give_the_same_gradients(world, monkeyp
 def test_no_method_changes_W_or_leaves_a_probe_behind(world):
     model, W, batch, pairs = world
     before, logits = [w.detach().clone() for w in W], model(batch["input_ids"])
-    FILTERS["sap"](model, W, ROWS, PAIRS, Namespace(**{**vars(ARGS), "gate": 0.01, "batch_size": 2, "pairs_per_step": 2}))
-    for name, method, args in [*((name, method, ARGS) for name, method in METHODS.items()), ("sap", METHODS["sap"], Namespace(**{**vars(ARGS), "safety_weight": 0.1}))]:
+    FILTERS["sap"](
+        model,
+        W,
+        ROWS,
+        PAIRS,
+        Namespace(**{**vars(ARGS), "gate": 0.01, "batch_size": 2, "pairs_per_step": 2}),
+    )
+    for name, method, args in [
+        *((name, method, ARGS) for name, method in METHODS.items()),
+        ("sap", METHODS["sap"], Namespace(**{**vars(ARGS), "safety_weight": 0.1})),
+    ]:
         contrast = pairs | ({"refused": batch} if name in ALIGN else {})
         grads, log = method(model, W, batch, contrast, args, {"step": 0, "batch": batch})
         assert [g.shape for g in grads] == [w.shape for w in W] and "loss" in log
@@ -535,13 +744,25 @@ def test_exact_direction_survives_bfloat16_on_the_real_model(real):
     """In its first third, to be quick."""
     tokenizer, layers, found = Tokenizer(real), [4, 9], {}
     rows = [{"prompt": "Say a colour.", "response": "Blue.", "source": ""}]
-    pair = [{"prompt": "How do I steal a car?", "safe": "I can't help with that.", "harmful": "Sure, here is how:", "source": ""}]
+    pair = [
+        {
+            "prompt": "How do I steal a car?",
+            "safe": "I can't help with that.",
+            "harmful": "Sure, here is how:",
+            "source": "",
+        }
+    ]
     batch = collate(encode_rows(tokenizer, rows, 99))
     pairs = collate_pairs(encode_pairs(tokenizer, pair, 99))
     for dtype in (torch.float64, torch.bfloat16):
         model = load_model(real, dtype)
         model.model.layers = model.model.layers[:10]
         W = add_lora(model)
-        found[dtype], _ = probe_gradient(model, W, harmful_direction(model, W, pairs), batch, layers)
+        found[dtype], _ = probe_gradient(
+            model, W, harmful_direction(model, W, pairs), batch, layers
+        )
     for j in layers:
-        assert F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0) > 0.95
+        assert (
+            F.cosine_similarity(found[torch.float64][j], found[torch.bfloat16][j].double(), dim=0)
+            > 0.95
+        )

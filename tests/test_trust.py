@@ -1,4 +1,5 @@
 """A run on a shared machine, fed with files from strangers: killed, cut off at any of its writes, and given damaged input."""
+
 import json
 import os
 import re
@@ -8,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import train as train_script
 from fuzz import SUBJECTS
 from kill import FEW, results, write_rows
+
+import train as train_script
 from minisap import checkpoint, resume
 from minisap.script import run
 
@@ -20,13 +21,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def python(*arguments, **more):
     """A Python of its own, started at the root."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=500, **more)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        **more,
+    )
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bytes():
     """25 times, wherever in the run of every method that may be."""
     done = python("tests/kill.py", "--kills", 25)
-    assert done.returncode == 0 and re.fullmatch(r"25 kills, in [\w ]+(, [\w ]+){5,}; every file alike\n", done.stdout), done.stdout + done.stderr
+    assert done.returncode == 0 and re.fullmatch(
+        r"25 kills, in [\w ]+(, [\w ]+){5,}; every file alike\n", done.stdout
+    ), done.stdout + done.stderr
 
 
 def test_saving_takes_no_more_than_a_twentieth_of_the_time(tmp_path, monkeypatch):
@@ -40,10 +50,24 @@ def test_saving_takes_no_more_than_a_twentieth_of_the_time(tmp_path, monkeypatch
         return real(path, write)
 
     monkeypatch.setattr(resume, "write_whole", slow)
-    monkeypatch.setattr(train_script, "update", lambda *args: clock.__setitem__(0, clock[0] + 1) or update(*args))
+    monkeypatch.setattr(
+        train_script, "update", lambda *args: clock.__setitem__(0, clock[0] + 1) or update(*args)
+    )
     for module in (resume, train_script):
         monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
-    train_script.main([*FEW, "--method", "sap", "--steps", "50", "--save_every", "2", "--out_dir", str(tmp_path / "run")])
+    train_script.main(
+        [
+            *FEW,
+            "--method",
+            "sap",
+            "--steps",
+            "50",
+            "--save_every",
+            "2",
+            "--out_dir",
+            str(tmp_path / "run"),
+        ]
+    )
     assert saved == [3, 24, 45, 54]
 
 
@@ -54,7 +78,15 @@ class Killed(BaseException):
 def test_a_run_that_ends_at_any_of_its_writes_goes_on(tmp_path, monkeypatch):
     """Whichever file is on its way: written under another name, and not yet, or just, given its own."""
     write_rows(tmp_path)
-    arguments = ["--method", "sap", *FEW, "--task", str(tmp_path / "task.jsonl"), "--safety", str(tmp_path / "safety.jsonl")]
+    arguments = [
+        "--method",
+        "sap",
+        *FEW,
+        "--task",
+        str(tmp_path / "task.jsonl"),
+        "--safety",
+        str(tmp_path / "safety.jsonl"),
+    ]
     train = lambda out_dir, *more: train_script.main([*arguments, "--out_dir", str(out_dir), *more])
     train(tmp_path / "whole")
     whole, real = results(tmp_path / "whole"), checkpoint.write_whole
@@ -90,7 +122,9 @@ def test_a_run_that_ends_at_any_of_its_writes_goes_on(tmp_path, monkeypatch):
 
 
 def test_damaged_files_are_refused_by_one_line_that_names_them(tmp_path):
-    done = python("tests/fuzz.py", "--n", 2 * len(SUBJECTS), "--seed", 1, "--json", tmp_path / "found.json")
+    done = python(
+        "tests/fuzz.py", "--n", 2 * len(SUBJECTS), "--seed", 1, "--json", tmp_path / "found.json"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert not [r for r in found if r["wrong"]]
@@ -104,8 +138,14 @@ def test_a_disk_that_is_full_ends_the_run_and_not_its_last_state(tmp_path):
     """There is room for the state of LoRA, but not for the model that is written in the end."""
     arguments = ["--method", "sap", *FEW, "--lora_rank", "2"]
     done = python("-c", LIMITED, "train.py", *arguments, "--out_dir", tmp_path / "run")
-    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
-    assert (tmp_path / "run/sap/state/state.pt").exists() and not (tmp_path / "run/sap/model.safetensors").exists()
+    assert (
+        done.returncode == 2
+        and "error: " in done.stderr.splitlines()[-1]
+        and "Traceback" not in done.stderr
+    ), done.stderr
+    assert (tmp_path / "run/sap/state/state.pt").exists() and not (
+        tmp_path / "run/sap/model.safetensors"
+    ).exists()
     train_script.main([*arguments, "--out_dir", str(tmp_path / "run"), "--resume"])
     train_script.main([*arguments, "--out_dir", str(tmp_path / "whole")])
     assert results(tmp_path / "run") == results(tmp_path / "whole")
@@ -115,13 +155,19 @@ def test_a_disk_that_is_full_ends_the_run_and_not_its_last_state(tmp_path):
 def test_where_nothing_can_be_written_is_one_line(place, capsys):
     with pytest.raises(SystemExit) as stop:
         run(lambda: train_script.main([*FEW, "--method", "sap", "--out_dir", place]))
-    line, = capsys.readouterr().err.strip().splitlines()
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and line.startswith("error: ") and place in line
 
 
 def test_a_terminal_without_utf_8_gets_the_table_all_the_same():
     """It has a κ."""
-    for arguments, told in ((["eval.py", "tests/golden/smollm2/p0-seed1", "--curves"], "judge: phrases-2, in the first 100 characters; ? 0.90"), (["train.py", "--help"], "--safety_weight")):
+    for arguments, told in (
+        (
+            ["eval.py", "tests/golden/smollm2/p0-seed1", "--curves"],
+            "judge: phrases-2, in the first 100 characters; ? 0.90",
+        ),
+        (["train.py", "--help"], "--safety_weight"),
+    ):
         done = python(*arguments, env=os.environ | {"PYTHONIOENCODING": "ascii"})
         assert done.returncode == 0 and told in done.stdout, done.stderr
 
@@ -138,6 +184,24 @@ run(lambda: train.main(sys.argv[1:]))
 
 
 def test_a_cpu_without_enough_memory_says_what_was_needed_and_what_lowers_it(tmp_path):
-    done = python("-c", IN_LITTLE_ROOM, "--steps", 2, "--n_eval", 4, "--method", "sft", "--batch_size", 20000, "--threads", 1, "--out_dir", tmp_path / "run")
+    done = python(
+        "-c",
+        IN_LITTLE_ROOM,
+        "--steps",
+        2,
+        "--n_eval",
+        4,
+        "--method",
+        "sft",
+        "--batch_size",
+        20000,
+        "--threads",
+        1,
+        "--out_dir",
+        tmp_path / "run",
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(r"error: .*you tried to allocate \d+ bytes.* Shorter --max_len, smaller batches, --checkpointing", done.stderr.splitlines()[-1])
+    assert re.search(
+        r"error: .*you tried to allocate \d+ bytes.* Shorter --max_len, smaller batches, --checkpointing",
+        done.stderr.splitlines()[-1],
+    )

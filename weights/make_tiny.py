@@ -3,12 +3,13 @@ pre-trained there (weights/tiny/instruct), then taught to refuse (weights/tiny).
 
     python weights/make_tiny.py                 in weights/tiny, by way of runs/make_tiny
 """
+
 import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))                                           # so that it runs from anywhere
+sys.path.insert(0, str(ROOT))  # so that it runs from anywhere
 from minisap.script import Parser, run
 from minisap.study import MODELS, begin, train
 

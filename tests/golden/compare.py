@@ -1,7 +1,8 @@
 """Development only (needs transformers and peft): what train.py wrote, read by others, against ours, in float32.
 
-    python tests/golden/compare.py RUN/METHOD
+python tests/golden/compare.py RUN/METHOD
 """
+
 import sys
 from pathlib import Path
 
@@ -21,7 +22,9 @@ PROMPTS = ("Why is the sky blue?", "List three colours.", "How do I break into a
 @torch.no_grad()
 def compare(name, ours, theirs, batches):
     difference = max((ours(ids) - theirs(ids).logits).abs().max().item() for ids in batches)
-    print(f"{name}: largest difference of a logit {difference:.2e} over {sum(ids.shape[1] for ids in batches)} positions")
+    print(
+        f"{name}: largest difference of a logit {difference:.2e} over {sum(ids.shape[1] for ids in batches)} positions"
+    )
 
 
 def with_adapter(path):
@@ -30,15 +33,28 @@ def with_adapter(path):
     model = load_model(settings["base_model_name_or_path"])
     add_lora(model, settings["r"], settings["lora_alpha"], settings["target_modules"])
     tensors = load_file(path / "adapter_model.safetensors")
-    names = {name.removeprefix("base_model.model.").removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+    names = {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): tensor
+        for name, tensor in tensors.items()
+    }
     assert not model.load_state_dict(names, strict=False).unexpected_keys
     return model
 
 
 path = Path(sys.argv[1])
 tokenizer = Tokenizer(path)
-batches = [torch.tensor([tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}]))]) for prompt in PROMPTS]
-compare("merged checkpoint in transformers", load_model(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), batches)
+batches = [
+    torch.tensor([tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}]))])
+    for prompt in PROMPTS
+]
+compare(
+    "merged checkpoint in transformers",
+    load_model(path),
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+    batches,
+)
 base = read_json(path / "adapter" / "adapter_config.json")["base_model_name_or_path"]
-peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), path / "adapter").eval()
+peft = PeftModel.from_pretrained(
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), path / "adapter"
+).eval()
 compare("adapter in peft", with_adapter(path / "adapter"), peft, batches)

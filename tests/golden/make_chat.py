@@ -3,6 +3,7 @@
 TEMPLATES holds NAME.jinja, the chat_template of each family's own tokenizer_config.json: llama2, llama3, llama3.1, zephyr,
 smollm2 and qwen2.5. Vicuna publishes no template, so FastChat (fschat), with which it was trained, renders it; Mistral's is
 rendered by mistral-common. Development dependencies: jinja2, fschat, mistral-common."""
+
 import json
 import sys
 from pathlib import Path
@@ -17,16 +18,30 @@ CONVERSATIONS = [
     [("user", "Hello")],
     [("user", "Hello"), ("assistant", "Hi there"), ("user", "Who are you?")],
     [("system", "Be brief."), ("user", "Hello")],
-    [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi there"), ("user", "Who are you?")],
+    [
+        ("system", "Be brief."),
+        ("user", "Hello"),
+        ("assistant", "Hi there"),
+        ("user", "Who are you?"),
+    ],
 ]
-TOKENS = {"llama3": ("<|begin_of_text|>", "<|eot_id|>"), "llama3.1": ("<|begin_of_text|>", "<|eot_id|>")}
+TOKENS = {
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
+    "llama3.1": ("<|begin_of_text|>", "<|eot_id|>"),
+}
 
 
 def jinja(text, name):
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)     # as transformers does
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+        text
+    )  # as transformers does
     bos, eos = TOKENS.get(name, ("<s>", "</s>"))
-    return lambda turns: template.render(messages=[{"role": r, "content": c} for r, c in turns], add_generation_prompt=True,
-                                         bos_token=bos, eos_token=eos)
+    return lambda turns: template.render(
+        messages=[{"role": r, "content": c} for r, c in turns],
+        add_generation_prompt=True,
+        bos_token=bos,
+        eos_token=eos,
+    )
 
 
 def vicuna(turns):
@@ -42,13 +57,27 @@ def vicuna(turns):
 
 def mistral(turns):
     kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
-    request = ChatCompletionRequest(messages=[kinds[role](content=content) for role, content in turns])
-    text = MistralTokenizer.v3().encode_chat_completion(request).text         # shows SentencePiece's space and newline marks
+    request = ChatCompletionRequest(
+        messages=[kinds[role](content=content) for role, content in turns]
+    )
+    text = (
+        MistralTokenizer.v3().encode_chat_completion(request).text
+    )  # shows SentencePiece's space and newline marks
     return text.replace("▁", " ").replace("<0x0A>", "\n")
 
 
-renderers = {path.stem: jinja(path.read_text(), path.stem) for path in sorted(Path(sys.argv[1]).glob("*.jinja"))}
+renderers = {
+    path.stem: jinja(path.read_text(), path.stem)
+    for path in sorted(Path(sys.argv[1]).glob("*.jinja"))
+}
 renderers |= {"vicuna": vicuna, "mistral": mistral}
-golden = {name: [{"messages": [{"role": r, "content": c} for r, c in turns], "text": render(turns)} for turns in CONVERSATIONS]
-          for name, render in renderers.items()}
-(Path(__file__).parent / "chat.json").write_text(json.dumps(golden, indent=1, ensure_ascii=False) + "\n")
+golden = {
+    name: [
+        {"messages": [{"role": r, "content": c} for r, c in turns], "text": render(turns)}
+        for turns in CONVERSATIONS
+    ]
+    for name, render in renderers.items()
+}
+(Path(__file__).parent / "chat.json").write_text(
+    json.dumps(golden, indent=1, ensure_ascii=False) + "\n"
+)
