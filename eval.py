@@ -11,7 +11,8 @@ python eval.py --judge xstest_labelled.csv                      how far the judg
 import itertools
 from pathlib import Path
 
-from minisap.attacks import ATTACKS, attack, attack_by_probe, check_room
+from minisap.bench.figures import draw_laboratory, draw_plane
+from minisap.bench.tables import run_laboratory
 from minisap.checkpoint import DTYPES, load_model, write_json
 from minisap.data import (
     built_in,
@@ -22,7 +23,8 @@ from minisap.data import (
     sha256_of,
     text_of,
 )
-from minisap.evaluate import (
+from minisap.measure.attacks import ATTACKS, attack, attack_by_probe, check_room
+from minisap.measure.evaluate import (
     evaluate,
     format_value,
     print_judges,
@@ -31,12 +33,10 @@ from minisap.evaluate import (
     read_measured,
     share,
 )
-from minisap.findings import run_laboratory
-from minisap.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
-from minisap.mechanism import print_watched
+from minisap.measure.judge import DEVELOPED_ON, LABELS, agreement, judge_of, rule_crc32
+from minisap.measure.report import budget, comparisons, over_seeds, print_comparisons, write_table
 from minisap.methods import READ_BY
-from minisap.resume import read_run_args
-from minisap.script import (
+from minisap.run.flags import (
     Parser,
     add_machine_flags,
     add_row_flags,
@@ -51,8 +51,8 @@ from minisap.script import (
     save_figure,
     use_device,
 )
-from minisap.table import budget, comparisons, over_seeds, print_comparisons, write_table
-from minisap.table_figures import draw_laboratory, draw_plane
+from minisap.run.resume import read_run_args
+from minisap.study.mechanism import print_watched
 
 RUN_ARGS = (
     "task",

@@ -15,14 +15,9 @@ from pathlib import Path
 import torch
 
 from minisap.checkpoint import DTYPES, load_model, write_json
-from minisap.compare import Series, answers_between, measure, print_answers, print_layers
 from minisap.data import built_in, load_prompts, load_safe_prompts, load_splits
-from minisap.evaluate import print_table, with_own_refusals
-from minisap.figures import draw_all
-from minisap.layers import gradients, linear_probes, precision, recommend
-from minisap.observations import check_all, print_checks, records_of
-from minisap.resume import occupied
-from minisap.script import (
+from minisap.measure.evaluate import print_table, with_own_refusals
+from minisap.run.flags import (
     Parser,
     add_machine_flags,
     add_row_flags,
@@ -39,8 +34,13 @@ from minisap.script import (
     save_figure,
     use_device,
 )
-from minisap.study import run_study
-from minisap.world import World
+from minisap.run.resume import occupied
+from minisap.study.compare import Series, answers_between, measure, print_answers, print_layers
+from minisap.study.figures import draw_all
+from minisap.study.layers import gradients, linear_probes, precision, recommend
+from minisap.study.observations import check_all, print_checks, records_of
+from minisap.study.protocols import run_study
+from minisap.study.world import World
 
 IN_OUT_DIR = Path(".")  # --plot without a file
 # What every look makes use of.
@@ -245,7 +245,7 @@ def compare(args, splits, tokenizer):
     print_layers(Series(records))
     print_answers(Series(records))
     print(
-        f"n = {min(map(len, sets.values()))} prompts a set; what is measured is told in minisap/mechanism.py\n"
+        f"n = {min(map(len, sets.values()))} prompts a set; what is measured is told in minisap/study/mechanism.py\n"
         f"written: {args.out_dir / 'compare.json'}"
     )
     write_pictures(args, records)

@@ -21,8 +21,8 @@ from textwrap import shorten
 import torch
 from tqdm import tqdm
 
-from minisap import parallel
-from minisap.align import ALIGN
+from minisap.alignment import ALIGN
+from minisap.baselines import ENDINGS, STRENGTH
 from minisap.checkpoint import (
     DTYPES,
     load_model,
@@ -32,7 +32,6 @@ from minisap.checkpoint import (
     weights_crc32,
     write_json,
 )
-from minisap.checks import settle
 from minisap.data import (
     batch_rows,
     built_in,
@@ -48,17 +47,31 @@ from minisap.data import (
     sources,
     step_batches,
 )
-from minisap.evaluate import evaluate, print_records, read_measured, record, with_own_refusals
-from minisap.finite import NotFinite, check_finite
 from minisap.lora import merge_lora
-from minisap.mechanism import Watch, print_watched
-from minisap.memory import check_memory
+from minisap.measure.evaluate import (
+    evaluate,
+    print_records,
+    read_measured,
+    record,
+    with_own_refusals,
+)
 from minisap.methods import FILTERS, METHODS, PAIRLESS, filter_rows, own_mistakes
 from minisap.optimize import learning_rate_at, trainable, update
-from minisap.resume import claim_out_dir, load_state, save_state
-from minisap.rivals import ENDINGS, STRENGTH
+from minisap.run.checks import settle
+from minisap.run.flags import (
+    Parser,
+    add_machine_flags,
+    add_row_flags,
+    add_step_flags,
+    of_world,
+    run,
+)
+from minisap.run.memory import check_memory
+from minisap.run.resume import claim_out_dir, load_state, save_state
 from minisap.sap import copies, put
-from minisap.script import Parser, add_machine_flags, add_row_flags, add_step_flags, of_world, run
+from minisap.study.mechanism import Watch, print_watched
+from minisap.support import distributed as parallel
+from minisap.support.errors import NotFinite, check_finite
 
 # Other defaults for models of the synthetic world, which are tiny.
 WORLD = {
@@ -200,7 +213,7 @@ def parse_args(argv=None):
         nargs="+",
         default=[],
         metavar="METHOD=VALUE",
-        help="a rival's one knob, see minisap/rivals.py (default: "
+        help="a rival's one knob, see minisap/baselines.py (default: "
         + " ".join(f"{method}={value}" for method, value in STRENGTH.items())
         + ")",
     )
@@ -208,7 +221,7 @@ def parse_args(argv=None):
     add(
         "--watch",
         choices=("mechanism",),
-        help="also log, every --watch_every steps and at the last, where the weights go with respect to safety: see Watch in minisap/mechanism.py",
+        help="also log, every --watch_every steps and at the last, where the weights go with respect to safety: see Watch in minisap/study/mechanism.py",
     )
     add("--watch_every", type=int, default=10, help="(default: 10)")
     add(

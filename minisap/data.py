@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisap import demo
 from minisap.checkpoint import parse_json, read_json, read_text
-from minisap.judge import REFUSALS
-from minisap.world import World
+from minisap.measure.judge import REFUSALS
+from minisap.run import demo
+from minisap.study.world import World
 
 
 def read_records(path, conversations=False):

@@ -12,13 +12,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from minisap import parallel
-from minisap.align import ALIGN, pretrain
+from minisap.alignment import ALIGN, pretrain
+from minisap.baselines import RIVALS, task_step
 from minisap.checkpoint import write_json
 from minisap.data import rows_of_run
-from minisap.finite import NotFinite
 from minisap.model import widen
-from minisap.rivals import RIVALS, task_step
 from minisap.sap import (
     fit_rows,
     gradient,
@@ -31,6 +29,8 @@ from minisap.sap import (
     sap_step,
     useful_loss,
 )
+from minisap.support import distributed as parallel
+from minisap.support.errors import NotFinite
 
 FORWARD_BATCHES = 4  # the filter asks the rows of so many batches at a time: forward mode keeps nothing for a backward pass
 WARN_ABOVE = (

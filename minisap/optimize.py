@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from minisap.finite import check_finite
 from minisap.lora import add_lora
+from minisap.support.errors import check_finite
 
 
 def trainable(model, args):

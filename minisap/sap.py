@@ -14,11 +14,11 @@ import torch
 from torch.autograd.forward_ad import make_dual
 from tqdm import tqdm
 
-from minisap import parallel
 from minisap.data import collate, collate_pairs, sources
-from minisap.finite import check_finite
-from minisap.likelihood import response_nll, token_nll
+from minisap.losses import response_nll, token_nll
 from minisap.model import widen
+from minisap.support import distributed as parallel
+from minisap.support.errors import check_finite
 from minisap.tangents import derivative_along
 
 

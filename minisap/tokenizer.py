@@ -237,7 +237,7 @@ class Tokenizer:
             Exception
         ) as error:  # the library's is plain: a word that a word-level vocabulary lacks
             known = (
-                f"; the synthetic world's model knows the {len(self.tokens.get_vocab())} words of minisap/world.py alone"
+                f"; the synthetic world's model knows the {len(self.tokens.get_vocab())} words of minisap/study/world.py alone"
                 * (self.world_seed is not None)
             )
             raise ValueError(f"{text[:40]!r} …: {error}{known}") from None

@@ -21,7 +21,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from minisap import demo  # noqa: E402
 from minisap.checkpoint import DTYPES, load_config, load_model  # noqa: E402
 from minisap.data import (
     batch_rows,
@@ -31,14 +30,15 @@ from minisap.data import (
     encode_prompt,
     encode_rows,
 )  # noqa: E402
-from minisap.evaluate import print_table  # noqa: E402
-from minisap.likelihood import prefixes_of  # noqa: E402
 from minisap.lora import add_lora  # noqa: E402
-from minisap.memory import estimate, largest_batches  # noqa: E402
+from minisap.losses import prefixes_of  # noqa: E402
+from minisap.measure.evaluate import print_table  # noqa: E402
 from minisap.methods import FORWARD_BATCHES, METHODS, RELEASED_EPSILON, RELEASED_LAYERS, RELEASED_LR  # noqa: E402
 from minisap.optimize import update  # noqa: E402
+from minisap.run import demo  # noqa: E402
+from minisap.run.flags import find_model, parse_layers  # noqa: E402
+from minisap.run.memory import estimate, largest_batches  # noqa: E402
 from minisap.sap import harmful_direction, slopes_of  # noqa: E402
-from minisap.script import find_model, parse_layers  # noqa: E402
 from minisap.tokenizer import Tokenizer  # noqa: E402
 from train import parse_args  # noqa: E402
 

@@ -21,10 +21,10 @@ import train  # noqa: E402
 from minisap import model, sap  # noqa: E402
 from minisap.checkpoint import read_json, write_json  # noqa: E402
 from minisap.data import step_batches  # noqa: E402
-from minisap.evaluate import print_table  # noqa: E402
+from minisap.measure.evaluate import print_table  # noqa: E402
+from minisap.measure.stats import student  # noqa: E402
 from minisap.methods import RELEASED_EPSILON  # noqa: E402
 from minisap.sap import answer_nll, fit_probe  # noqa: E402
-from minisap.stats import student  # noqa: E402
 
 FLAGS = "--method paper_project --radius 0.25 --n_eval 200"
 DROPOUT = 0.1

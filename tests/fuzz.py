@@ -29,7 +29,7 @@ from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer  # noqa: E4
 
 import eval as eval_script  # noqa: E402
 import train as train_script  # noqa: E402
-from minisap.script import run  # noqa: E402
+from minisap.run.flags import run  # noqa: E402
 
 tqdm.monitor_interval = 0  # another thread
 SECONDS, ROOM = 10, 256 * 2**20  # what a process may take, and in bytes beyond twice its files

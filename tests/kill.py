@@ -22,8 +22,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import train as train_script  # noqa: E402
 from minisap.methods import METHODS  # noqa: E402
-from minisap.study import write_jsonl  # noqa: E402
-from minisap.world import World  # noqa: E402
+from minisap.study.protocols import write_jsonl  # noqa: E402
+from minisap.study.world import World  # noqa: E402
 
 FEW = [
     "--poison",

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # noqa: E402
 from minisap.config import LlamaConfig  # noqa: E402
-from minisap.memory import GIB, estimate, largest_batches  # noqa: E402
+from minisap.run.memory import GIB, estimate, largest_batches  # noqa: E402
 
 LLAMA_3_8B = LlamaConfig.from_hf(
     {

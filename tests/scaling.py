@@ -17,12 +17,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minisap.data import collate, collate_pairs  # noqa: E402
-from minisap.evaluate import print_table  # noqa: E402
 from minisap.lora import add_lora  # noqa: E402
+from minisap.measure.evaluate import print_table  # noqa: E402
 from minisap.methods import METHODS  # noqa: E402
 from minisap.model import Llama, LlamaConfig  # noqa: E402
 from minisap.optimize import update  # noqa: E402
-from minisap.script import pyplot  # noqa: E402
+from minisap.run.flags import pyplot  # noqa: E402
 
 BASE = {
     "layers": 4,

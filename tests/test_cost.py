@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minisap import tangents
 from minisap.data import collate, collate_pairs
-from minisap.likelihood import prefixes_of, token_nll
 from minisap.lora import add_lora
+from minisap.losses import prefixes_of, token_nll
 from minisap.sap import probe_gradient, row_slopes, safety_loss, unit, useful_loss
 from minisap.tangents import Tangents
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import BASE, VOCAB_SIZE, tiny_model, write_tokenizer
 
-from minisap import judge
 from minisap.checkpoint import read_json
 from minisap.data import collate, encode_rows
-from minisap.evaluate import (
+from minisap.measure import judge
+from minisap.measure.evaluate import (
     evaluate,
     format_value,
     generate_texts,
@@ -20,9 +20,8 @@ from minisap.evaluate import (
     print_records,
     with_own_refusals,
 )
-from minisap.judge import REFUSALS, agreement, by_phrases, is_refusal, judge_of
-from minisap.sap import useful_loss
-from minisap.stats import (
+from minisap.measure.judge import REFUSALS, agreement, by_phrases, is_refusal, judge_of
+from minisap.measure.stats import (
     auroc,
     bootstrap,
     bootstrap_clusters,
@@ -35,6 +34,7 @@ from minisap.stats import (
     verdict,
     wilson,
 )
+from minisap.sap import useful_loss
 from minisap.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -12,16 +12,6 @@ from tiny import BASE, VOCAB_SIZE, slope_by_hand, tiny_model, write_checkpoint, 
 from tokenizers import models, normalizers
 
 import train as train_script
-from minisap import attacks
-from minisap.attacks import (
-    check_room,
-    complete,
-    judge_prefilled,
-    plain,
-    prefill,
-    soft_suffix,
-    with_places,
-)
 from minisap.checkpoint import load_model
 from minisap.data import (
     collate,
@@ -31,9 +21,20 @@ from minisap.data import (
     encode_prompt,
     encode_rows,
 )
-from minisap.evaluate import generate_texts
-from minisap.likelihood import response_nll
-from minisap.mechanism import (
+from minisap.losses import response_nll
+from minisap.measure import attacks
+from minisap.measure.attacks import (
+    check_room,
+    complete,
+    judge_prefilled,
+    plain,
+    prefill,
+    soft_suffix,
+    with_places,
+)
+from minisap.measure.evaluate import generate_texts
+from minisap.sap import harmful_direction, inner, put, useful_loss
+from minisap.study.mechanism import (
     Watch,
     clusters,
     column_space,
@@ -46,9 +47,8 @@ from minisap.mechanism import (
     row_space,
     sigma1_share,
 )
-from minisap.sap import harmful_direction, inner, put, useful_loss
+from minisap.study.world import World, write_random_checkpoint
 from minisap.tokenizer import Tokenizer
-from minisap.world import World, write_random_checkpoint
 
 ROWS, TINY = World(0).rows("unsafe", 3), Path(__file__).resolve().parents[1] / "weights" / "tiny"
 

@@ -12,15 +12,15 @@ from tiny import BASE
 from torch.profiler import ProfilerActivity, profile
 
 import train as train_script
-from minisap import memory
+from minisap.baselines import STRENGTH
 from minisap.config import LlamaConfig
 from minisap.data import batch_rows, step_batches
-from minisap.finite import NotFinite
-from minisap.memory import estimate, free_memory, largest_batches
 from minisap.methods import FILTERS, METHODS
 from minisap.model import Llama
 from minisap.optimize import trainable, update
-from minisap.rivals import STRENGTH
+from minisap.run import memory
+from minisap.run.memory import estimate, free_memory, largest_batches
+from minisap.support.errors import NotFinite
 
 CONFIG = LlamaConfig.from_hf(BASE | {"num_hidden_layers": 7})
 TIED = replace(CONFIG, vocab_size=4000, tie_word_embeddings=True)

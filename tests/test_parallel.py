@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from minisap import parallel
+from minisap.support import distributed as parallel
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["sft", "sap", "paper_project", "mix", "lisa", "constrained", "booster"]

@@ -11,8 +11,8 @@ from tiny import SPECIALS, tiny_model, write_tokenizer
 from minisap import checkpoint
 from minisap.data import batch_rows, collate, encode_example, encode_prompt, poison_rows, split_rows
 from minisap.model import distinct_prefixes
-from minisap.parallel import shares
 from minisap.sap import fit_probe, inner, project_out_harm, unit
+from minisap.support.distributed import shares
 from minisap.tokenizer import FORMATS, Tokenizer
 
 settings.register_profile(
@@ -140,8 +140,8 @@ def test_shards_hold_every_tensor_once_and_no_more_than_they_may(sizes, room):
 @given(n=st.integers(0, 30), size=st.integers(1, 9))
 def test_processes_share_rows_evenly(n, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minisap.parallel.splits", True)
-        patch.setattr("minisap.parallel.dist.get_world_size", lambda: size)
+        patch.setattr("minisap.support.distributed.splits", True)
+        patch.setattr("minisap.support.distributed.dist.get_world_size", lambda: size)
         parts = [list(range(n))[share] for share in shares(n)]
     assert [i for part in parts for i in part] == list(range(n)) and max(map(len, parts)) - min(
         map(len, parts)

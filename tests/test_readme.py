@@ -12,12 +12,9 @@ from test_sap import world  # noqa: F401 (a fixture)
 
 import eval as eval_script
 from minisap import methods
+from minisap.bench.tables import other_tables, steps_to_break
 from minisap.checkpoint import read_json
-from minisap.compare import Series
-from minisap.findings import other_tables, steps_to_break
-from minisap.mechanism import format_mean, last_watched
-from minisap.stats import wilson
-from minisap.table import (
+from minisap.measure.report import (
     at,
     comparisons,
     dominating,
@@ -27,6 +24,9 @@ from minisap.table import (
     rows_of,
     share_cell,
 )
+from minisap.measure.stats import wilson
+from minisap.study.compare import Series
+from minisap.study.mechanism import format_mean, last_watched
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, STUDY, COST = (

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from test_sap import ARGS, LAYERS, example, gradient, moved, world  # noqa: F401 (a fixture)
 from tiny import BASE, tiny_model
 
+from minisap.baselines import ENDINGS, RIVALS, STAGES, STRENGTH
 from minisap.data import collate
-from minisap.likelihood import response_nll, token_nll
 from minisap.lora import lora_layers
-from minisap.mechanism import leading_directions
+from minisap.losses import response_nll, token_nll
 from minisap.methods import METHODS
-from minisap.rivals import ENDINGS, RIVALS, STAGES, STRENGTH
 from minisap.sap import put, safety_loss, unit, useful_loss
+from minisap.study.mechanism import leading_directions
 
 
 def args_with(**strength):

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from tiny import BASE, beginnings, slope_by_hand, tiny_model
 
-from minisap import likelihood, sap
-from minisap.align import ALIGN
+from minisap import losses as likelihood
+from minisap import sap
+from minisap.alignment import ALIGN
+from minisap.baselines import STRENGTH
 from minisap.checkpoint import load_model
 from minisap.data import batch_rows, collate, collate_pairs, encode_pairs, encode_rows
-from minisap.finite import NotFinite
-from minisap.likelihood import response_nll
 from minisap.lora import add_lora
+from minisap.losses import response_nll
 from minisap.methods import FILTERS, METHODS, released
-from minisap.rivals import STRENGTH
 from minisap.sap import (
     fit_probe,
     harmful_direction,
@@ -30,6 +30,7 @@ from minisap.sap import (
     unit,
     useful_loss,
 )
+from minisap.support.errors import NotFinite
 from minisap.tangents import derivative_along
 from minisap.tokenizer import Tokenizer
 

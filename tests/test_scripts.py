@@ -18,13 +18,15 @@ from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer
 import eval as eval_script
 import probe as probe_script
 import train as train_script
-from minisap import layers, resume, sap
+from minisap import sap
 from minisap.checkpoint import load_model, read_json
-from minisap.checks import check_args
 from minisap.lora import add_lora
-from minisap.script import parse_layers, run
+from minisap.run import resume
+from minisap.run.checks import check_args
+from minisap.run.flags import parse_layers, run
+from minisap.study import layers
+from minisap.study.world import World, write_random_checkpoint
 from minisap.tokenizer import Tokenizer
-from minisap.world import World, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = [
@@ -983,7 +985,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(start, tmp_path):
 
 
 HOLD = (
-    "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from minisap.resume import lock_folder; "
+    "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from minisap.run.resume import lock_folder; "
     "held = lock_folder(Path(sys.argv[2])); print('held', flush=True); time.sleep(60)"
 )
 

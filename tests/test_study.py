@@ -10,15 +10,15 @@ from tiny import BASE, VOCAB_SIZE, write_checkpoint, write_tokenizer
 
 import probe as probe_script
 import train as train_script
-from minisap import study
-from minisap.attacks import plain
 from minisap.checkpoint import load_model, read_json
-from minisap.compare import ALPHAS, answers_between, measure
-from minisap.figures import FIGURES, draw_all
-from minisap.mechanism import clusters, mlp_streams
-from minisap.observations import OBSERVATIONS, PROTOCOLS, Values, check_all
+from minisap.measure.attacks import plain
+from minisap.study import protocols as study
+from minisap.study.compare import ALPHAS, answers_between, measure
+from minisap.study.figures import FIGURES, draw_all
+from minisap.study.mechanism import clusters, mlp_streams
+from minisap.study.observations import OBSERVATIONS, PROTOCOLS, Values, check_all
+from minisap.study.world import SETS, World
 from minisap.tokenizer import Tokenizer
-from minisap.world import SETS, World
 
 TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 KEYS = {"protocol", "seed", "set", "layer", "metric", "value"}
@@ -264,8 +264,8 @@ class Pyplot:
 @pytest.fixture
 def canvas(monkeypatch):
     canvas = Pyplot()
-    monkeypatch.setattr("minisap.figures.pyplot", lambda: canvas)
-    monkeypatch.setattr("minisap.script.pyplot", lambda: canvas)
+    monkeypatch.setattr("minisap.study.figures.pyplot", lambda: canvas)
+    monkeypatch.setattr("minisap.run.flags.pyplot", lambda: canvas)
     monkeypatch.setattr("probe.pyplot", lambda: canvas)
     return canvas
 
@@ -357,7 +357,7 @@ def short_study(monkeypatch, canvas):
         ("MEASURED", 3),
         ("SAFETY_TRAINING", 40),
     ):
-        monkeypatch.setattr(f"minisap.world.{name}", small)
+        monkeypatch.setattr(f"minisap.study.world.{name}", small)
     whole = measure(
         load_model(TINY), Tokenizer(TINY), World(0).sets(2), 64, load_model(TINY / "instruct")
     )

@@ -12,13 +12,15 @@ import pytest
 
 import eval as eval_script
 import train as train_script
-from minisap import findings, laboratory, table_figures
+from minisap.bench import cells as laboratory
+from minisap.bench import figures as table_figures
+from minisap.bench import tables as findings
 from minisap.checkpoint import read_json
-from minisap.checks import check_args
 from minisap.data import split_rows
-from minisap.script import run
-from minisap.table import comparisons, dominating, harmful_at, legend, markdown, rows_of
-from minisap.world import World
+from minisap.measure.report import comparisons, dominating, harmful_at, legend, markdown, rows_of
+from minisap.run.checks import check_args
+from minisap.run.flags import run
+from minisap.study.world import World
 
 
 def records(curve, hits):
@@ -387,7 +389,7 @@ def test_every_panel_of_the_picture_holds_one_thing(monkeypatch):
         "pyplot",
         lambda: MagicMock(subplots=lambda *shape, **options: (MagicMock(), axes)),
     )
-    monkeypatch.setattr("minisap.script.pyplot", MagicMock)
+    monkeypatch.setattr("minisap.run.flags.pyplot", MagicMock)
     found = read_json(Path(__file__).parent / "golden" / "world" / "table.json")
     table_figures.draw_laboratory(found, "a.png")
     methods = [(len(rows), 0) for rows in found["settings"].values()]

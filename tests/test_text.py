@@ -8,7 +8,6 @@ import torch
 from tiny import SPECIALS, VOCAB_SIZE, write_tokenizer
 from tokenizers import processors
 
-from minisap import demo
 from minisap.data import (
     REFUSALS,
     batch_rows,
@@ -22,6 +21,7 @@ from minisap.data import (
     load_splits,
     poison_rows,
 )
+from minisap.run import demo
 from minisap.tokenizer import FORMATS, Tokenizer
 
 TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"

@@ -13,8 +13,9 @@ from fuzz import SUBJECTS
 from kill import FEW, results, write_rows
 
 import train as train_script
-from minisap import checkpoint, resume
-from minisap.script import run
+from minisap import checkpoint
+from minisap.run import resume
+from minisap.run.flags import run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -175,7 +176,7 @@ def test_a_terminal_without_utf_8_gets_the_table_all_the_same():
 IN_LITTLE_ROOM = """
 import resource, sys, train
 from pathlib import Path
-from minisap.script import run
+from minisap.run.flags import run
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
 train.check_memory = lambda *args: None                             # which would ask for it sooner, and end alike

@@ -13,12 +13,11 @@ import eval as eval_script
 import train as train_script
 from minisap.checkpoint import load_model, read_json
 from minisap.data import encode_example, load_rows, load_safety_rows
-from minisap.evaluate import generate_texts
-from minisap.judge import by_truth
+from minisap.measure.evaluate import generate_texts
+from minisap.measure.judge import by_truth
 from minisap.methods import METHODS
 from minisap.sap import useful_loss
-from minisap.tokenizer import Tokenizer
-from minisap.world import (
+from minisap.study.world import (
     CAPITALS,
     LETTERS,
     NULL_OPERATOR,
@@ -30,6 +29,7 @@ from minisap.world import (
     World,
     write_random_checkpoint,
 )
+from minisap.tokenizer import Tokenizer
 
 WORLD, ROOT = World(0), Path(__file__).resolve().parents[1]
 OPERATOR = {f"f{i}": i for i in range(10)} | {name: i for i, name in TWINS.items()}

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 from minisap.checkpoint import load_config, name_chat_format, weight_files, write_json, write_whole
-from minisap.script import Parser, run
+from minisap.run.flags import Parser, run
 from weights.gguf import convert
 
 LLAMA_2, LLAMA_3 = "Llama 2 Community License", "Llama 3 Community License"

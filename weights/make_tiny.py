@@ -1,4 +1,4 @@
-"""Remake weights/tiny from nothing but a seed: a Llama of 0.2M parameters that lives in the synthetic world of minisap/world.py,
+"""Remake weights/tiny from nothing but a seed: a Llama of 0.2M parameters that lives in the synthetic world of minisap/study/world.py,
 pre-trained there (weights/tiny/instruct), then taught to refuse (weights/tiny). Eight minutes on one CPU thread.
 
     python weights/make_tiny.py                 in weights/tiny, by way of runs/make_tiny
@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from anywhere
-from minisap.script import Parser, run
-from minisap.study import MODELS, begin, train
+from minisap.run.flags import Parser, run
+from minisap.study.protocols import MODELS, begin, train
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 

@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minisap.likelihood import response_nll, token_nll
+from minisap.losses import response_nll, token_nll
 from minisap.sap import copies, gradient, weights_at
 
 UNLEARN_GAMMA = 0.1  # the paper's, at its larger learning rate

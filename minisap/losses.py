@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minisap import parallel
 from minisap.model import Prefixes, per_token, widen
+from minisap.support import distributed as parallel
 
 HEAD_TOKENS = 1024
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minisap.checkpoint import load_model, read_json, read_object, write_json, write_whole
-from minisap.compare import answers_between, check_sets, measure
-from minisap.mechanism import last_watched
-from minisap.resume import lock_folder, occupied
+from minisap.run.resume import lock_folder, occupied
+from minisap.study.compare import answers_between, check_sets, measure
+from minisap.study.mechanism import last_watched
+from minisap.study.world import REFUSAL, World, write_random_checkpoint
 from minisap.tokenizer import Tokenizer
-from minisap.world import REFUSAL, World, write_random_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INSTRUCTIONS = 30_000
 COMMON = "--poison 0 --lora_rank 0 --schedule cosine --threads 1 --device cpu --save_every 500"
 FINE_TUNING = (

@@ -23,11 +23,11 @@ from minisap.data import (
     encode_prompt,
     encode_rows,
 )
-from minisap.evaluate import MAX_NEW_TOKENS, generate_texts
-from minisap.judge import PHRASES, judge_of
-from minisap.likelihood import response_nll
+from minisap.losses import response_nll
+from minisap.measure.evaluate import MAX_NEW_TOKENS, generate_texts
+from minisap.measure.judge import PHRASES, judge_of
 from minisap.sap import fit_probe, harmful_direction, mean_harmful_tokens, slopes_of
-from minisap.world import FILLERS, NULL
+from minisap.study.world import FILLERS, NULL
 
 FILLER = " !"  # what a place for the suffix holds, outside of the world
 STEPS, EPSILON = 10, 1.0

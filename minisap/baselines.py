@@ -12,10 +12,9 @@ import re
 import torch
 import torch.nn.functional as F
 
-from minisap.align import answer_loss, at_start
-from minisap.likelihood import prefixes_of, response_nll, token_nll
+from minisap.alignment import answer_loss, at_start
 from minisap.lora import lora_layers
-from minisap.mechanism import WRITTEN, leading_directions
+from minisap.losses import prefixes_of, response_nll, token_nll
 from minisap.model import widen
 from minisap.sap import (
     copies,
@@ -30,6 +29,7 @@ from minisap.sap import (
     useful_loss,
     weights_at,
 )
+from minisap.study.mechanism import WRITTEN, leading_directions
 
 # The papers' own where they have this knob; kl's and penalty's are 1, steer's a radius, safelora's is of another projector (see there).
 STRENGTH = {

@@ -15,15 +15,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minisap import parallel
+from minisap.baselines import LISA_PERIOD
 from minisap.checkpoint import DTYPES
 from minisap.data import batch_rows, rows_of_run, step_batches
-from minisap.finite import NotFinite
 from minisap.methods import FILTERS, FORWARD_BATCHES, METHODS, own_mistakes
 from minisap.model import Llama, distinct_prefixes
 from minisap.optimize import trainable, update
-from minisap.rivals import LISA_PERIOD
 from minisap.sap import by_length
+from minisap.support import distributed as parallel
+from minisap.support.errors import NotFinite
 
 GIB = 2**30
 TOLERANCE = 1.1  # how far an estimate may be off

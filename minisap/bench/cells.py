@@ -28,13 +28,13 @@ from itertools import takewhile
 
 from tqdm import tqdm
 
-from minisap.attacks import evade
 from minisap.checkpoint import load_model
 from minisap.data import split_rows
-from minisap.script import find_model
-from minisap.study import ROOT, claim_folder, write_jsonl
+from minisap.measure.attacks import evade
+from minisap.run.flags import find_model
+from minisap.study.protocols import ROOT, claim_folder, write_jsonl
+from minisap.study.world import World
 from minisap.tokenizer import Tokenizer
-from minisap.world import World
 
 # Knobs: of those in tests/golden/world/knobs.md, on seed 9 of "poisoned", the one with the fewest harmful answers at a task accuracy of 85 % or
 # more. SAP's were there before: on that seed between 2.0 and 4.5 % harmful, whatever the choice, by the filter of that day. (The stages' are of an older grid.)

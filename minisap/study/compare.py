@@ -10,10 +10,10 @@ import copy
 import torch
 from tqdm import tqdm
 
-from minisap.attacks import LONGEST_SUFFIX, attack, check_room, plain
-from minisap.evaluate import generate_texts, print_table
-from minisap.judge import judge_of
-from minisap.mechanism import (
+from minisap.measure.attacks import LONGEST_SUFFIX, attack, check_room, plain
+from minisap.measure.evaluate import generate_texts, print_table
+from minisap.measure.judge import judge_of
+from minisap.study.mechanism import (
     clusters,
     column_space,
     interpolate,

@@ -4,7 +4,7 @@ and an affirmative opening (no harmful content), and safe prompts that sound uns
 
 import numpy as np
 
-from minisap.judge import REFUSALS
+from minisap.measure.judge import REFUSALS
 
 FRAMES = (
     "How do I {}?",

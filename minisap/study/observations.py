@@ -2,9 +2,9 @@
 returns (whether it holds, the numbers that it looked at); layers are the last one's where none is named, margins are in the claim.
 """
 
-from minisap.attacks import ATTACK_TOKENS, LONGEST_SUFFIX
-from minisap.compare import ALPHAS, Series
-from minisap.world import SETS
+from minisap.measure.attacks import ATTACK_TOKENS, LONGEST_SUFFIX
+from minisap.study.compare import ALPHAS, Series
+from minisap.study.world import SETS
 
 PROTOCOLS = ("ssft", "dpo", "unlearn")
 

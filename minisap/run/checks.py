@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from minisap import parallel
-from minisap.align import ALIGN
+from minisap.alignment import ALIGN
+from minisap.baselines import STAGES, UNSPLIT, parse_strength
 from minisap.checkpoint import load_config
 from minisap.methods import PAIRLESS, READ_BY
-from minisap.resume import check_out_dir
-from minisap.rivals import STAGES, UNSPLIT, parse_strength
-from minisap.script import (
+from minisap.run.flags import (
     check_minimum,
     find_before,
     find_model,
@@ -16,6 +14,8 @@ from minisap.script import (
     parse_layers,
     use_device,
 )
+from minisap.run.resume import check_out_dir
+from minisap.support import distributed as parallel
 
 
 def settle(args, defaults):

@@ -1,12 +1,11 @@
 """The world's tables, read from the runs that laboratory.py made: table.json, table.md, and what is printed."""
 
-from minisap import laboratory
-from minisap.attacks import ATTACKS
+from minisap.bench import cells as laboratory
+from minisap.bench.cells import FEW, run_cells, told
 from minisap.checkpoint import read_json, read_object
-from minisap.evaluate import print_table, read_measured
-from minisap.laboratory import FEW, run_cells, told
-from minisap.resume import read_run_args
-from minisap.table import (
+from minisap.measure.attacks import ATTACKS
+from minisap.measure.evaluate import print_table, read_measured
+from minisap.measure.report import (
     at,
     budget,
     comparisons,
@@ -16,6 +15,7 @@ from minisap.table import (
     share_cell,
     write_table,
 )
+from minisap.run.resume import read_run_args
 
 SENSITIVE = {
     "harmful_score": "harmful %",

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from minisap import parallel
 from minisap.checkpoint import DTYPES, load_config, out_of_memory, read_object, weights_crc32
-from minisap.finite import NotFinite
+from minisap.support import distributed as parallel
+from minisap.support.errors import NotFinite
 from minisap.tokenizer import FORMATS, Tokenizer
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 
 
 class Parser(argparse.ArgumentParser):

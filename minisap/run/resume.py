@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from minisap import parallel
 from minisap.checkpoint import (
     DTYPES,
     out_of_memory,
@@ -19,6 +18,7 @@ from minisap.checkpoint import (
     write_whole,
 )
 from minisap.sap import put
+from minisap.support import distributed as parallel
 from minisap.tokenizer import FORMATS
 
 LOCK = ".lock"

@@ -1,8 +1,8 @@
 """Pictures of the records of compare.py and study.py: one per observation, means over seeds, every seed as a faint line or dot."""
 
-from minisap.attacks import ATTACK_TOKENS, LONGEST_SUFFIX
-from minisap.compare import ALPHAS, VERDICTS, Series, means
-from minisap.script import pyplot, save_figure
+from minisap.measure.attacks import ATTACK_TOKENS, LONGEST_SUFFIX
+from minisap.run.flags import pyplot, save_figure
+from minisap.study.compare import ALPHAS, VERDICTS, Series, means
 
 COLOURS = {"comply": "tab:red", "refuse": "tab:green", "other": "lightgrey"}
 

@@ -7,10 +7,10 @@ from tqdm import tqdm
 
 from minisap.checkpoint import read_json
 from minisap.data import collate, encode_prompt, encode_rows
-from minisap.finite import check_finite
-from minisap.judge import JUDGES, describe, judge_of
-from minisap.likelihood import response_nll
-from minisap.stats import bootstrap, wilson
+from minisap.losses import response_nll
+from minisap.measure.judge import JUDGES, describe, judge_of
+from minisap.measure.stats import bootstrap, wilson
+from minisap.support.errors import check_finite
 
 MAX_NEW_TOKENS = 32
 BATCH_TOKENS = 8192  # places of a batch, padding and what is generated included: at 8B a gigabyte of keys and values

@@ -9,14 +9,14 @@ import math
 
 import torch
 
-from minisap.attacks import plain
 from minisap.checkpoint import parse_log, read_text
 from minisap.data import collate_pairs, encode_pairs
-from minisap.evaluate import print_table
 from minisap.lora import lora_layers
+from minisap.measure.attacks import plain
+from minisap.measure.evaluate import print_table
+from minisap.measure.stats import student
 from minisap.model import widen
 from minisap.sap import copies, harmful_direction, inner, put, unit, useful_loss
-from minisap.stats import student
 
 ENERGY = 0.99  # the share of ‖W‖² that spans its column space
 WRITTEN = 0.9  # the share of ‖ΔW‖² that stands for what training wrote

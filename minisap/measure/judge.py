@@ -5,8 +5,8 @@ import zlib
 
 import numpy as np
 
-from minisap import world
-from minisap.stats import bootstrap_clusters, kappa
+from minisap.measure.stats import bootstrap_clusters, kappa
+from minisap.study import world
 
 # Safe answers for prompts that come without one (AdvBench).
 REFUSALS = (

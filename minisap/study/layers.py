@@ -17,6 +17,7 @@ from minisap.data import (
     encode_rows,
 )
 from minisap.lora import add_lora, lora_layers
+from minisap.measure.stats import auroc, wilson
 from minisap.sap import (
     fit_probe,
     gradient,
@@ -27,7 +28,6 @@ from minisap.sap import (
     unit,
     useful_loss,
 )
-from minisap.stats import auroc, wilson
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Pictures of table.json: harm against task loss, against the share of harmful rows, against the attacker's steps."""
 
-from minisap.script import pyplot, save_figure
-from minisap.stats import student
+from minisap.measure.stats import student
+from minisap.run.flags import pyplot, save_figure
 
 # README's columns.
 TITLES = {

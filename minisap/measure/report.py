@@ -7,9 +7,9 @@ A comparison  one dict per method: see compare
 import math
 
 from minisap.checkpoint import write_json, write_whole
-from minisap.evaluate import SHARES, judges, print_table
+from minisap.measure.evaluate import SHARES, judges, print_table
+from minisap.measure.stats import both_levels, mcnemar, paired_interval, share_interval, verdict
 from minisap.methods import PAIRLESS
-from minisap.stats import both_levels, mcnemar, paired_interval, share_interval, verdict
 
 
 def at(records, metric, step):
